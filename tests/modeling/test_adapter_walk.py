@@ -128,3 +128,35 @@ def test_activate_walks_each_adapter_once_and_its_own_flags_last(monkeypatch: py
     twin = copy.deepcopy(model)
     gw.activate(twin, "first")
     assert (flags(gw.adapters(twin)["first"]), flags(first)) == ({True}, {False})
+
+
+def test_activate_asks_only_adapters_that_begin_or_cease_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = model_and_batch("lora", "bert", rows=2)
+    adapters = {name: gw.attach(model, method_of("lora"), name) for name in ("a", "b", "c", "d")}
+    adapters["c"].freeze()
+    asked: list[tuple[str, bool]] = []
+    train_while = adapter_tensors.AdapterTensors.train_while
+
+    def note(self: Any, used: bool) -> None:
+        asked.append((self.name, used))
+        train_while(self, used)
+
+    monkeypatch.setattr(adapter_tensors.AdapterTensors, "train_while", note)
+    for chosen, expected in (
+        ("a", {("d", False), ("a", True)}),
+        ("c", {("a", False)}),
+        ("b", {("b", True)}),
+        (["b", "c"], set()),
+        (None, {("b", False)}),
+    ):
+        gw.activate(model, chosen)
+        assert set(asked) == expected
+        asked.clear()
+    gw.activate(model, "b")
+    adapters["b"].delete()
+    again = gw.attach(model, method_of("lora"), "b")
+    assert flags(again) == {True}
+    again.freeze()
+    for name in ("a", "b", "a"):
+        gw.activate(model, name)
+        assert (flags(adapters["a"]), flags(again)) == ({name == "a"}, {False})

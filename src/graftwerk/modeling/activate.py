@@ -68,7 +68,7 @@ def activate(
         refuse_while_merged(model_adapters, "choose adapters by row")
         model_adapters.selection.choose_rows(tuple(rows))
     else:
-        if set(model_adapters.selection.merged) - {one for one in chosen if one}:
+        if model_adapters.selection.merged.difference(chosen):
             refuse_while_merged(model_adapters, "switch adapters")
         model_adapters.selection.choose(tuple(one for one in chosen if one is not None))
     model_adapters.train_used()

@@ -167,11 +167,6 @@ class Adapter(AdapterTensors):
                 selection.merged = before
 
     @property
-    def answers(self) -> bool:
-        """True if the label names of the model are its own: it has a head, or all weights."""
-        return bool(self.heads) or self.weights is not None
-
-    @property
     def label_names(self) -> list[str]:
         """Names of its head's classes, by index."""
         return self._model_adapters.labels.of_base(self.model) if self.labels is None else list(self.labels)

@@ -87,16 +87,14 @@ class AttachedAdapter(Protocol):
     heads: tuple[str, ...]
     targets: tuple[TargetModule, ...]
     labels: tuple[str, ...] | None
-
-    @property
-    def answers(self) -> bool:
-        """True if the label names of the model are its own: it has a head, or all weights."""
+    answers: bool
+    """True if the label names of the model are its own: it has a head, or all weights."""
 
     def put_weights(self, *, live: bool) -> None:
         """Make the model hold the values that were trained in place, or the base's."""
 
     def train_while(self, used: bool) -> None:
-        """Let its parameters require gradients only while it is used."""
+        """Let its own parameters require gradients only while it is used; not for frozen and full ones."""
 
     def save(self, folder: str | Path, **metadata: Any) -> Path:
         """Write the adapter folder, whole or not at all."""
@@ -118,8 +116,12 @@ class ModelAdapters:
         self.adapters: dict[str, AttachedAdapter] = {}
         self.flags: dict[str, bool] = {}
         """True for each parameter that required gradients before the first adapter, by name."""
-        self._training: frozenset[str] = frozenset()
-        """Adapters whose parameters may require gradients: those that were last chosen."""
+        self.full: list[str] = []
+        """Those of full fine-tuning, whose weights the model's own parameters hold while they are active."""
+        self.trainable: set[str] = set()
+        """Those with parameters of their own that are not frozen for good."""
+        self._training: set[str] = set()
+        """Those that were last chosen: of ``trainable`` ones, the parameters of no others require gradients."""
         self.packed_later: list[nn.Module] = []
         """4-bit layers that `keep_unpacked` keeps as they are, as long as there are adapters."""
 
@@ -132,6 +134,22 @@ class ModelAdapters:
         for name, parameter in parameters.items():
             parameter.requires_grad_(self.flags.get(name, True))
 
+    def add(self, adapter: AttachedAdapter) -> None:
+        """Add an adapter whose modules are in the model."""
+        self.adapters[adapter.name] = adapter
+        if adapter.weights is not None:
+            self.full.append(adapter.name)
+        else:
+            self.trainable.add(adapter.name)
+            self._training.add(adapter.name)
+
+    def discard(self, name: str) -> None:
+        """Forget an adapter whose modules are about to leave the model."""
+        del self.adapters[name]
+        self.full = [one for one in self.full if one != name]
+        self.trainable.discard(name)
+        self._training.discard(name)
+
     def drop_missing(self) -> None:
         """Deactivate adapters that are no longer on the model."""
         selection = self.selection
@@ -142,25 +160,21 @@ class ModelAdapters:
     def sync(self) -> None:
         """Make label names and full weights follow the active adapters: switching moves no other values."""
         self.labels.show(self.model, self._answering_labels())
-        fulls = [adapter for adapter in self.adapters.values() if adapter.weights is not None]
-        if not fulls:
-            return
-        used = self.selection.used()
-        # Deactivate first, then activate: two never hold the parameters at once.
-        for adapter in fulls:
-            if adapter.name not in used:
-                adapter.put_weights(live=False)
-        for adapter in fulls:
-            if adapter.name in used:
-                adapter.put_weights(live=True)
+        if self.full:
+            used = self.selection.used()
+            # Deactivate first, then activate: two never hold the parameters at once.
+            for live in (False, True):
+                for name in self.full:
+                    if (name in used) == live:
+                        self.adapters[name].put_weights(live=live)
 
     def train_used(self) -> None:
         """Let the chosen adapters alone require gradients: DDP waits for those of every parameter that does."""
-        used = frozenset(self.selection.used())
-        for name in used ^ self._training:
-            if name in self.adapters:  # else it was removed
+        if self.trainable:
+            used = self.trainable.intersection(self.selection.used())
+            for name in self.trainable & (self._training ^ used):
                 self.adapters[name].train_while(name in used)
-        self._training = used
+            self._training = used
 
     def _answering_labels(self) -> tuple[str, ...] | None:
         """Return the label names of the adapter whose head answers, or None for the base's (also if rows differ)."""

@@ -13,6 +13,7 @@ from graftwerk.methods.base import Method, TargetModule
 from graftwerk.modeling.adapter_slots import ModelAdapters, slots_of
 from graftwerk.modeling.adapter_walk import AdapterWalk, join, walk
 from graftwerk.modeling.architectures import Architecture
+from graftwerk.modeling.drawn import within
 from graftwerk.modeling.full_weights import TrainedWeights
 from graftwerk.modeling.module_index import base_modules, base_parameters, module_index
 from graftwerk.modeling.task_heads import check_vocabulary, fit_head
@@ -53,7 +54,8 @@ class AdapterTensors:
         self.classes: int | None = None
         """Their number, once a head was loaded."""
         self._model_adapters = model_adapters
-        self._frozen = False
+        self.answers = bool(heads) or weights is not None
+        """True if the label names of the model are its own: it has a head, or all weights."""
         self._untrained: frozenset[str] | None = None
         """Raw keys of the parameters that do not train when it is used, while it is not; None while it is used."""
         self._walk: AdapterWalk | None = None
@@ -192,7 +194,7 @@ class AdapterTensors:
         Args:
             used: True if a row of the next batches uses this adapter.
         """
-        if self.weights is not None or self._frozen or used == (self._untrained is None):
+        if used == (self._untrained is None):
             return
         own, untrained = self._own(), self._untrained or ()
         self._untrained = None if used else frozenset(key for key, parameter in own if not parameter.requires_grad)
@@ -205,19 +207,22 @@ class AdapterTensors:
         Args:
             heads_alone: True if all parameters but those of the heads are frozen already; for `attach_from_tensors`.
         """
-        self._frozen, self._untrained = True, None
+        self._untrained = None
         if self.weights is not None:
             self.weights.trainable = False
         base = base_modules(self.model)
         heads = [(path, self._module(base[path])) for path in self.heads]
         for _, parameter in walk(heads) if heads_alone else self._own():
             parameter.requires_grad_(False)
+        here: object = self._model_adapters.adapters.get(self.name)
+        if here is self:  # else it was deleted, and another may have its name
+            self._model_adapters.trainable.discard(self.name)
 
     # -- counts -----------------------------------------------------------------------------------------------------
 
     def is_head(self, key: str) -> bool:
         """Return True if a raw key belongs to a head."""
-        return any(key == path or key.startswith(path + ".") for path in self._task_heads)
+        return within(key, self._task_heads)
 
     @property
     def num_parameters(self) -> int:

@@ -160,7 +160,7 @@ def _install(
         HOOKED[method.kind].install_hooks(model, model_adapters)
     hosts = tuple(built.modules)
     adapter = Adapter(name, method, model, model_adapters, built.targets, hosts, saved, architecture, weights)
-    model_adapters.adapters[name] = adapter
+    model_adapters.add(adapter)
     if len(model_adapters.adapters) == 1:
         make_memory_efficient(base.modules.values(), model_adapters.selection.activations)
         adopt(model)
@@ -179,7 +179,8 @@ def _insert_modules(
         slots = model_adapters.slots(host)
         slots.put(name, module if built.placed else _placed(module, host))
         if path in layers:  # not attentions and stacks: hooks look into their slots
-            slots.row_dim = row_dim(architecture.model_type, path)
+            if dim := row_dim(architecture.model_type, path):
+                slots.row_dim = dim
             adapt(host, slots, read=path in read)
 
 

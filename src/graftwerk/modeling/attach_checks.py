@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from graftwerk.errors import ConflictError, UnsupportedError
-from graftwerk.methods.placement import placing_hooks
+from graftwerk.methods.placement import OFFLOAD_HOOK, placing_hooks
 from graftwerk.modeling.activate import refuse_while_merged
 from graftwerk.modeling.adapter_slots import ModelAdapters
 from graftwerk.modeling.module_index import module_index
@@ -45,6 +45,8 @@ def check_attachable(model: PreTrainedModel, existing: ModelAdapters | None, nam
 def _refuse_block_offload(model: PreTrainedModel) -> None:
     """Raise UnsupportedError if accelerate loads whole blocks at once, and would look for an adapter in its files."""
     for path, module in module_index(model).modules.items():
+        if OFFLOAD_HOOK not in module.__dict__:
+            continue
         if any(getattr(hook, "offload", False) and hook.place_submodules for hook in placing_hooks(module)):
             raise UnsupportedError(
                 f"the weights of this {type(module).__name__} are offloaded as one block (`preload_module_classes`), "

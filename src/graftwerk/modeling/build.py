@@ -201,11 +201,18 @@ def build_from_tensors(
             return None
         adapter.__dict__["block"] = block
         if adapter.training != module.training:
-            for part in adapter.modules():
-                part.__dict__["training"] = module.training
+            _set_mode(adapter, module.training)
         built[target.path] = adapter
     method.connect(targets, built)
     return built
+
+
+def _set_mode(module: nn.Module, training: bool) -> None:
+    """Do as `module.train(training)`, without the checks of `nn.Module`: loading does it hundreds of times."""
+    module.__dict__["training"] = training
+    for part in module._modules.values():
+        if part is not None:
+            _set_mode(part, training)
 
 
 def _refuse_soft_in_saved(method: Method, architecture: Architecture, saved: Sequence[str]) -> None:

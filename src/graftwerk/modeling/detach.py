@@ -72,7 +72,7 @@ def remove(model: PreTrainedModel, name: str) -> None:
     if selection.rows is not None and name in selection.rows:
         selection.choose(())
     selection.names = tuple(one for one in selection.names if one != name)
-    del model_adapters.adapters[name]
+    model_adapters.discard(name)
     base = module_index(model)
     _clear(model_adapters, name, [base.modules[path] for path in dict.fromkeys((*adapter.hosts, *adapter.heads))])
     _tidy(model, model_adapters, [adapter.method.kind])

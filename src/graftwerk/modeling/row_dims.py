@@ -50,7 +50,8 @@ _WHY_NOT = {
 
 def row_dim(model_type: str, path: str) -> int:
     """Return the dimension of rows in the input of a layer: 0, or 1 for a sequence-first one."""
-    return int(any(part in f"{path}." for part in _SEQUENCE_FIRST.get(model_type, ())))
+    parts = _SEQUENCE_FIRST.get(model_type)
+    return int(parts is not None and any(part in f"{path}." for part in parts))
 
 
 def _reads_tokens(table: TargetModule, adapter: AttachedAdapter) -> bool:

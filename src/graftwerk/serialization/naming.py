@@ -50,7 +50,12 @@ def _endings_of(path: str) -> list[str]:
 
 def ends_with(path: str, entries: Iterable[str]) -> bool:
     """Return True if an entry equals the path or is its ending after a dot, as PEFT matches its lists."""
-    return ("." + path).endswith(tuple("." + entry for entry in entries))
+    return ("." + path).endswith(dotted(entries))
+
+
+def dotted(entries: Iterable[str]) -> tuple[str, ...]:
+    """Return the endings that a path with a dot before it has where one of these entries matches it."""
+    return tuple("." + entry for entry in entries)
 
 
 class Budget:

@@ -31,7 +31,7 @@ from graftwerk.modeling.attach import Adapter
 from graftwerk.modeling.drawn import within
 from graftwerk.modeling.module_index import base_modules
 from graftwerk.serialization.adapter_config import OWN_PREFIX
-from graftwerk.serialization.naming import endings, ends_with, layer_number
+from graftwerk.serialization.naming import dotted, endings, layer_number
 from graftwerk.serialization.peft_parameters import parameter_names, stored_paths
 from graftwerk.serialization.peft_tokens import token_config, tokens_apart
 from graftwerk.serialization.vocabulary import (
@@ -290,9 +290,9 @@ def listed_layers(model: nn.Module, config: Mapping[str, Any], heads: Sequence[s
         return None
     wanted = config.get("layers_to_transform")
     numbers = [wanted] if isinstance(wanted, int) else wanted
-    found = set()
+    found, included, left_out = set(), dotted(targets), dotted(excluded)
     for path in module_paths(model, heads):
-        if not ends_with(path, targets) or ends_with(path, excluded):
+        if not f".{path}".endswith(included) or f".{path}".endswith(left_out):
             continue
         # A target that is a whole path is adapted whatever its layer's number.
         if numbers and path not in targets and layer_number(path, names) not in numbers:

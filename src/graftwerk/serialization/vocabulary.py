@@ -34,7 +34,8 @@ def embedding_paths(model: PreTrainedModel) -> list[str]:
     tables: list[nn.Module | None] = [model.get_output_embeddings()]
     with suppress(NotImplementedError):  # models of speech read no tokens
         tables.append(model.get_input_embeddings())
-    return [path for path, module in base_modules(model).items() if any(module is table for table in tables)]
+    found = {id(table) for table in tables if table is not None}
+    return [path for path, module in base_modules(model).items() if id(module) in found]
 
 
 def split_copies(tensors: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
