@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import ModelError
+from graftwerk.methods.base_weights import all_finite
 from graftwerk.methods.placement import module_device
 from graftwerk.tasks.base import Example, Predictions, Task
 
@@ -167,9 +168,7 @@ def refuse_broken_base(model: nn.Module, *, trained: bool = False) -> None:
     names = [
         name
         for name, weight in model.named_parameters()
-        if (trained or not weight.requires_grad)
-        and weight.is_floating_point()
-        and not bool(torch.isfinite(weight).all())
+        if (trained or not weight.requires_grad) and weight.is_floating_point() and not all_finite(weight)
     ]
     if names:
         raise ModelError(

@@ -23,8 +23,8 @@ from graftwerk.modeling.drawn import unmarked
 from graftwerk.modeling.module_index import base_modules, base_parameters
 from graftwerk.serialization.fingerprint import loaded_parameter
 
-PIECE = 2**22
-"""Values that are read at once."""
+PIECE = 2**18
+"""Values that are read at once: the C library keeps the copies of larger pieces, 50 MB of them."""
 DIGITS = 32
 """Hexadecimal digits of a digest."""
 KEY = "base_tensors"

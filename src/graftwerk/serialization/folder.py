@@ -31,6 +31,7 @@ from graftwerk.errors import (
     IntegrityError,
     UnsupportedError,
 )
+from graftwerk.methods.base_weights import all_finite
 from graftwerk.methods.lora import LoRA
 from graftwerk.modeling.architectures import read_architecture
 from graftwerk.modeling.attach import Adapter, adapters, attach, attach_from_tensors, detach
@@ -271,7 +272,7 @@ def _check_finite(adapter: Adapter) -> None:
                 f"`{key}` of adapter `{adapter.name}` is offloaded, so that there is nothing to write",
                 hint="take accelerate's hooks off, or offload without preload_module_classes",
             )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise DivergedError(
                 f"`{key}` of adapter `{adapter.name}` holds NaN or infinity, so it is not written",
                 hint="go back to the last good checkpoint and lower the learning rate",

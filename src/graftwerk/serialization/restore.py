@@ -11,6 +11,7 @@ from torch import Tensor
 
 from graftwerk.errors import AdapterError
 from graftwerk.methods.base import Method
+from graftwerk.methods.base_weights import all_finite
 from graftwerk.methods.prefix_tuning import Prefix
 from graftwerk.methods.prompt_tuning import Prompt
 from graftwerk.methods.ptuning import PTuning
@@ -120,7 +121,7 @@ def _check_numbers(tensors: Mapping[str, Tensor]) -> None:
             continue
         if not tensor.is_floating_point():
             raise AdapterError(f"`{key[:200]}` holds {tensor.dtype} where an adapter has floating-point numbers")
-        if not torch.isfinite(tensor.float()).all():
+        if not all_finite(tensor):
             raise AdapterError(f"`{key[:200]}` holds NaN or infinity: the training that made it had diverged")
 
 

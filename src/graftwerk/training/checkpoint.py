@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from graftwerk.errors import DivergedError, GraftwerkError, IntegrityError
+from graftwerk.methods.base_weights import all_finite
 from graftwerk.serialization.atomic import recover, write_file, write_folder
 from graftwerk.serialization.strict_json import dump_object
 from graftwerk.serialization.untrusted_files import read_json, read_tensors, understood
@@ -115,7 +115,7 @@ class Checkpoints:
             DivergedError: A weight is not finite; nothing is written.
             ResourceError: The checkpoint cannot be written; the earlier ones are untouched.
         """
-        if bad := [key for key, tensor in snapshot.weights.items() if not bool(torch.isfinite(tensor).all())]:
+        if bad := [key for key, tensor in snapshot.weights.items() if not all_finite(tensor)]:
             raise DivergedError(
                 f"after step {snapshot.step} {len(bad)} trained tensors are not finite (the first: {bad[0]}); "
                 f"they are not saved",

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from graftwerk.errors import DivergedError, UnsupportedError
 from graftwerk.evaluation.inference import autocast, evaluation_mode
 from graftwerk.methods.base import AdapterModule
-from graftwerk.methods.base_weights import base_weight
+from graftwerk.methods.base_weights import all_finite, base_weight
 from graftwerk.modeling.module_index import base_modules
 from graftwerk.modeling.weight_updates import updated_layers
 from graftwerk.tasks.base import Example
@@ -76,7 +76,7 @@ class Consolidation(Strategy):
         half = torch.float16 in (setting.meter.evaluator.dtype, setting.adapter.model.dtype)
         for scale in SCALES if half else SCALES[-1:]:
             reached = self._measure(kept, scale)
-            if all(bool(tensor.isfinite().all()) for tensor in self.fisher.values()):
+            if all(map(all_finite, self.fisher.values())):
                 break
         else:
             raise DivergedError(
