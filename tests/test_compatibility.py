@@ -35,8 +35,9 @@ def _copy(name: str, tmp_path: Path) -> Path:
 
 
 def _moved(folder: Path) -> Path:
-    """Return the run's settings with its folder where it is now."""
+    """Return the run's settings with its folder where it is now, one that no file gave as its default is today."""
     tree = yaml.safe_load((folder / "config.yaml").read_text())
+    assert tree["training"].pop("per_device_eval_batch_size") == 64
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump({**tree, "output_dir": str(folder)}))
     return path

@@ -35,7 +35,8 @@ DEFAULTS: dict[Any, dict[str, Any]] = {
     AUGMENTERS["back_translation"]: {"n": 1, "num_beams": 1, "batch_size": 16},
     TrainingSettings: {
         "num_train_epochs": 3.0, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1,
-        "per_device_eval_batch_size": 64, "learning_rate": "auto", "lr_scheduler_type": "linear", "warmup_ratio": 0.06,
+        "per_device_eval_batch_size": "auto", "learning_rate": "auto", "lr_scheduler_type": "linear",
+        "warmup_ratio": 0.06,
         "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
         "label_smoothing": 0.0, "seed": 0, "save_total_limit": 2, "load_best": True, "max_bad_steps": 5,
         "logging_steps": 10,
@@ -74,3 +75,18 @@ def test_default_learning_rates_of_earlier_tasks_are_the_methods_own(task: str |
 def test_learning_rates_by_task_name_tasks_and_methods_that_exist() -> None:
     assert set(LEARNING_RATES) <= set(TASKS)
     assert {name for rates in LEARNING_RATES.values() for name in rates} <= set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("given", "rows"),
+    [
+        ({}, 64),
+        ({"per_device_train_batch_size": 4}, 16),
+        ({"batch_size": 1}, 4),
+        ({"per_device_train_batch_size": 500}, 64),
+        ({"per_device_train_batch_size": 4, "per_device_eval_batch_size": 64}, 64),
+        ({"batch_size": 1, "gradient_accumulation_steps": 8, "per_device_train_tokens": 512}, 32),
+    ],
+)
+def test_evaluation_takes_four_times_the_rows_of_a_micro_batch_unless_told(given: dict[str, Any], rows: int) -> None:
+    assert TrainingSettings(**given).eval_batch_size == rows

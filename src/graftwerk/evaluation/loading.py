@@ -81,7 +81,7 @@ class LoadedAdapter:
         own = self.trained_with.get("eval_batch_size")
         if type(own) is int and 0 < own <= MOST_ROWS:
             return own
-        return self.settings.training.per_device_eval_batch_size if self.settings else BATCH
+        return self.settings.training.eval_batch_size if self.settings else BATCH
 
     def compute(self, batch_size: int) -> dict[str, Any]:
         """Return what the last bits of answers depend on: as the manifest's ``compute``."""

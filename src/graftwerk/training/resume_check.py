@@ -19,6 +19,7 @@ FREE = (
     "config.data.allow",
     "config.evaluation.",
     "config.training.check_memory",
+    "config.training.per_device_eval_batch_size",
     "config.training.logging_steps",
     "config.training.report_to",
     "config.training.save_total_limit",

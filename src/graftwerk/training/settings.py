@@ -41,7 +41,10 @@ class TrainingSettings(Settings):
     gradient_accumulation_steps: int = Field(
         default=1, ge=1, description="micro-batches summed into one optimizer step"
     )
-    per_device_eval_batch_size: int = Field(default=64, ge=1, description="rows per forward pass in evaluation")
+    per_device_eval_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="rows per forward pass in evaluation; auto: four times those of a micro-batch, at most 64",
+    )
 
     # optimizer and schedule
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
@@ -185,6 +188,16 @@ class TrainingSettings(Settings):
     def max_micro_batch_size(self) -> int:
         """Most rows of a device's micro-batch: all of the step's where `per_device_train_tokens` is the bound."""
         return self.per_device_train_batch_size if self.per_device_train_tokens is None else self.global_batch_size()
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Rows per forward pass in evaluation; by default those that take about the memory of a micro-batch.
+
+        Without a backward pass no activations are kept, so that four times the rows fit.
+        """
+        if self.per_device_eval_batch_size != "auto":
+            return self.per_device_eval_batch_size
+        return min(64, 4 * self.max_micro_batch_size)
 
     def micro_batch_overrides(self, rows: int) -> dict[str, int]:
         """Return the overrides of a run file that compute the same step in micro-batches of so many rows."""

@@ -154,7 +154,7 @@ class Trainer:
     def _build_evaluator(self) -> Evaluator:
         return Evaluator(
             self.adapter, self.task, self.tokenizer, self.distributed,
-            batch_size=self.settings.per_device_eval_batch_size, dtype=self.dtype,
+            batch_size=self.settings.eval_batch_size, dtype=self.dtype,
             stop_requested=self.stop.is_requested, serve=self.activation_cache.serving,
             say=lambda text: self.emit(Event("memory", self.state.step, text=text)),
         )  # fmt: skip
