@@ -1,9 +1,10 @@
-"""QLoRA beside LoRA on SmolLM2-135M: the same rows, steps and seed; bytes of the weights, losses, measured peaks.
+"""QLoRA beside LoRA on SmolLM2-135M: the same rows, steps and seeds; bytes of the weights, losses, measured peaks.
 
-    python benchmarks/qlora.py [--steps 100] [--kinds none,nf4,int8] [--rows 4] [--tokens 48] [--json FILE]
+    python benchmarks/qlora.py [--steps 100] [--kinds none,nf4,int8] [--rows 4] [--tokens 64] [--seeds 0,1,2]
+        [--example domain] [--json FILE]
 
-Each kind trains in a process of its own, by the run file of `examples/glosses-instruction.yaml` with short rows. Prints
-one line a kind, and the shares of LoRA in full precision.
+Each run has a process of its own and the run file of an example with short rows. Prints one line a run, and for each
+kind its figures by those of LoRA in full precision: mean and range over the seeds.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from graftwerk.config import RunConfig
 from graftwerk.evaluation.base_model import load_base
 from graftwerk.tasks.splits import Splits
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "glosses-instruction.yaml"
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def overrides(kind: str, folder: Path, options: argparse.Namespace) -> list[str]:
+def overrides(kind: str, seed: int, folder: Path, options: argparse.Namespace) -> list[str]:
     """Return what differs from the example."""
     return [
         f"quantization={'null' if kind == 'none' else kind}",
+        f"training.seed={seed}",
         f"training.max_steps={options.steps}",
         f"training.per_device_train_batch_size={options.rows}",
         f"training.eval_steps={options.steps}",
@@ -40,7 +42,7 @@ def overrides(kind: str, folder: Path, options: argparse.Namespace) -> list[str]
         "data.max_truncated=1.0",
         "data.validation=40",
         "data.test=null",
-        "evaluation.generate=false",
+        "evaluation={generate: false}" if "instruction" in options.example else "evaluation={}",
         f"output_dir={folder}",
     ]
 
@@ -67,11 +69,11 @@ def _stored(weight: Tensor) -> int:
     return weight.nbytes + sum(each.nbytes for each in scales if isinstance(each, Tensor))
 
 
-def train(kind: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def train(kind: str, seed: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Train in a process of its own; return what its files say."""
-    changes = overrides(kind, folder, options)
+    changes, example = overrides(kind, seed, folder, options), EXAMPLES / f"{options.example}.yaml"
     subprocess.run(
-        [sys.executable, "-m", "graftwerk", "train", str(EXAMPLE), *changes], check=True, stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "graftwerk", "train", str(example), *changes], check=True, stdout=subprocess.DEVNULL
     )
     manifest = json.loads((folder / "manifest.json").read_text())
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -79,7 +81,8 @@ def train(kind: str, folder: Path, options: argparse.Namespace) -> dict[str, Any
     validation = [event["loss"] for event in events if event.get("kind") == "evaluation"]
     return {
         "kind": kind,
-        **weights_of(kind, RunConfig.load(EXAMPLE, changes)),
+        "seed": seed,
+        **weights_of(kind, RunConfig.load(example, changes)),
         "first_loss": losses[0],
         "last_losses": sum(losses[-20:]) / len(losses[-20:]),
         "validation_loss": validation[-1],
@@ -92,21 +95,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--kinds", default="none,nf4,int8")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--example", default="domain", choices=("domain", "glosses-instruction"))
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
-    found: dict[str, dict[str, Any]] = {}
+    kinds, seeds = options.kinds.split(","), [int(seed) for seed in options.seeds.split(",")]
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
-        for kind in options.kinds.split(","):
-            found[kind] = train(kind, Path(name, kind), options)
-            print(json.dumps(found[kind]), flush=True)
-    lora = found.get("none")
-    for kind, figures in found.items() if lora else ():
-        shares = {key: round(figures[key] / lora[key], 4) for key in figures if key != "kind"}
-        print(kind, json.dumps(shares), flush=True)
+        for seed in seeds:
+            for kind in kinds:
+                found.append(train(kind, seed, Path(name, f"{kind}-{seed}"), options))
+                print(json.dumps(found[-1]), flush=True)
+    lora = {each["seed"]: each for each in found if each["kind"] == "none"}
+    for kind in kinds if lora else ():
+        for key in [key for key in found[0] if key not in ("kind", "seed")]:
+            shares = [each[key] / lora[each["seed"]][key] for each in found if each["kind"] == kind]
+            mean, low, high = sum(shares) / len(shares), min(shares), max(shares)
+            print(f"{kind} {key}: {mean:.4f} of LoRA's ({low:.4f} to {high:.4f})", flush=True)
     if options.json:
-        options.json.write_text(json.dumps(list(found.values()), indent=2) + "\n")
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
