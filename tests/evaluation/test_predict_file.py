@@ -351,6 +351,7 @@ def test_predict_file_holds_no_more_rows_than_its_chunks(run: Path, tmp_path: Pa
             # The type and not isinstance, which asks dead weakref proxies of other libraries for their class.
             held.append(sum(type(one) in (Answered, SourceRow) for one in gc.get_objects()))
 
+    gc.collect()  # rows of earlier tests
     predict_file(run, source, tmp_path / "out.jsonl", batch_size=BATCH, on_progress=watch)
     assert len(held) >= 5
     assert 0 < max(held) <= 4 * GROWTH * BATCH  # of 1,400

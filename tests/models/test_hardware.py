@@ -26,9 +26,9 @@ from tests.training.children import Child
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("GRAFTWERK_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("GRAFTWERK_COMPUTE_TYPE")  # which the tests of all else have
-    probe.cache_clear()
+    hardware._probed.cache_clear()
     yield
-    probe.cache_clear()
+    hardware._probed.cache_clear()
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> list[str]:
@@ -70,10 +70,10 @@ def test_compute_type_is_probed_once_per_machine(monkeypatch: pytest.MonkeyPatch
     tried = pretend(monkeypatch, float32=1.0, bfloat16=0.1, float16=math.inf)
     assert compute_type() == compute_type() == torch.bfloat16
     assert tried == ["float32", "bfloat16", "float16"] * ROUNDS
-    probe.cache_clear()  # as in a new process
+    hardware._probed.cache_clear()  # as in a new process
     assert compute_type() == torch.bfloat16
     assert len(tried) == 3 * ROUNDS
-    probe.cache_clear()
+    hardware._probed.cache_clear()
     monkeypatch.setattr(hardware, "device_name", lambda kind: "another processor")
     compute_type()
     assert len(tried) == 6 * ROUNDS
@@ -99,7 +99,7 @@ def test_compute_type_damaged_cache_is_probed_again(monkeypatch: pytest.MonkeyPa
     [key] = json.loads(path.read_text())
     for content in ("{", "[]", json.dumps({key: {"float32": "fast"}}), json.dumps({key: 7})):
         path.write_text(content)
-        probe.cache_clear()
+        hardware._probed.cache_clear()
         before = len(tried)
         assert compute_type() == torch.bfloat16
         assert len(tried) == before + 3 * ROUNDS
@@ -188,7 +188,7 @@ def test_set_threads_in_forked_process_allows_threads() -> None:
 
     def compute() -> None:
         set_threads()
-        together = threading.Barrier(8)
+        together = threading.Barrier(8, timeout=60)
 
         def one(_: int) -> float:
             together.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import warnings
 from pathlib import Path
@@ -143,6 +144,7 @@ def test_load_model_prints_nothing_and_restores_logging(tiny_encoder: Path, capf
     logging.set_verbosity_warning()
     logging.enable_progress_bar()
     try:
+        gc.collect()  # files that earlier tests left in cycles would warn when they are collected here
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             load_tokenizer(str(tiny_encoder))
