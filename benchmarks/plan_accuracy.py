@@ -64,6 +64,9 @@ CALIBRATION = dict(
         case("seq2seq-small", rows=6, length=96),
         case("smollm2", rows=3, length=96),
         case("encoder-tiny", rows=8, length=32),
+        case("minilm", rows=8, length=192),
+        case("encoder-small", "houlsby", rows=6, length=256),
+        case("decoder-small", rows=2, length=256),
     ]
 )
 ALL_METHODS: tuple[Any, ...] = (

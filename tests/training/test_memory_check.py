@@ -81,7 +81,7 @@ def test_long_run_has_plan_beside_measured_and_calibrates(
 ) -> None:
     monkeypatch.setenv("GRAFTWERK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(memory_check, "WORTH_SECONDS", 0.0)
-    monkeypatch.setattr(planning, "held_beside", lambda *_: -(1 << 30))  # here much of the heap is warm already
+    monkeypatch.setattr(planning, "products_held", lambda _: -(1 << 30))  # here much of the heap is warm already
     monkeypatch.setattr(planning, "held_by_libc", lambda *_: 0)  # two replays differ by where the heap begins
     run = train(RunConfig.load(path), quiet=True, max_steps=3)
     cost = run.manifest["cost"]

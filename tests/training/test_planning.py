@@ -16,26 +16,37 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from graftwerk.config import RunConfig
+from graftwerk.models import hardware
 from graftwerk.models.load import load_config
 from graftwerk.models.quantization import Quantization
 from graftwerk.tasks.base import Example
+from graftwerk.training.activation_cache.cache import ActivationCache
 from graftwerk.training.planning import calibration as calibrating
 from graftwerk.training.planning import plan as planning
-from graftwerk.training.planning import step_trace
+from graftwerk.training.planning import step_time, step_trace
 from graftwerk.training.planning.allocator import (
     AFTERWARDS,
-    MAPPED,
     PRODUCT,
     STEPS,
     Series,
-    held_beside,
     held_by_cuda,
     held_by_libc,
+    products_held,
     repeated,
 )
 from graftwerk.training.planning.calibration import NAME, PROCESS_BYTES, Calibration, calibration, learn
 from graftwerk.training.planning.plan import Planner, _codes
-from graftwerk.training.planning.step_time import CALL_SECONDS, MeanStep, mean_step, shapes_of
+from graftwerk.training.planning.step_time import (
+    ATTENTION,
+    CALL,
+    LINEAR,
+    MOVED,
+    MeanStep,
+    Speeds,
+    mean_step,
+    shapes_of,
+    speeds_of,
+)
 from graftwerk.training.retention.self_replay import SelfReplay
 from graftwerk.training.settings import TrainingSettings
 from graftwerk.training.setup import prepare
@@ -74,7 +85,7 @@ def traced(config: RunConfig, folder: Path) -> step_trace.StepTrace:
         ("decoder", "causal", {"name": "lora", "lora_dropout": 0.1}, {}),
         ("decoder", "causal", "prefix", {}),
         ("decoder", "causal", "dora", {}),
-        ("decoder", "causal", {"name": "lora", "layers": "top-1"}, {"trunk_cache": True, "num_train_epochs": 2}),
+        ("decoder", "causal", {"name": "lora", "layers": "top-1"}, {"trunk_cache": "auto", "num_train_epochs": 2}),
         ("encoder", "classification", {"name": "lora", "layers": "top-1"}, {"trunk_cache": True}),
     ],
 )
@@ -111,13 +122,7 @@ def test_trace_of_step_has_the_bytes_of_a_real_step(
     planned = traced(config, tmp_path)
     assert all(stored), "an evaluation stores no keys and values"
     monkeypatch.setattr(step_trace, "FakeTensorMode", RealTensors)
-    opened = step_trace._CacheWithoutValues._load_or_compute
-
-    def filled(self: Any, *given: Any) -> None:
-        opened(self, *given)
-        self._states.normal_()  # the vocabulary head is recognized by numbers
-
-    monkeypatch.setattr(step_trace._CacheWithoutValues, "_load_or_compute", filled)
+    monkeypatch.setattr(step_trace, "CacheWithoutValues", ActivationCache)
     real = traced(config, tmp_path)
     assert planned.weights == real.weights > 0
     assert planned.trained == real.trained > 0
@@ -125,6 +130,11 @@ def test_trace_of_step_has_the_bytes_of_a_real_step(
         assert planned.kept == pytest.approx(real.kept, rel=0.02)
     assert planned.step_peak == pytest.approx(real.step_peak, rel=0.02)
     assert planned.evaluation_peak == pytest.approx(real.evaluation_peak, rel=0.02)
+    assert planned.cached == real.cached
+    assert (planned.cached > 0) == (config.training.trunk_cache is not False)
+    assert (planned.filling_peak > 0) == (planned.cached > 0)
+    # The real cache compares two passes to find dropout, and leaves out a mask of ones alone.
+    assert planned.filling_peak == pytest.approx(real.filling_peak, rel=0.1)
     assert planned.operations == pytest.approx(real.operations, rel=0.01)  # the first real pass probes the head
     assert not (tmp_path / "none").exists()
 
@@ -172,14 +182,17 @@ def test_plan_of_deep_model_carries_on_step_and_evaluation_apart(
     planner = Planner(RunConfig.build(tree, {}))
     planner.architecture.num_hidden_layers = 32
 
-    def figures(config: RunConfig, architecture: Any) -> dict[str, float]:
+    def figures(architecture: Any, filling: float) -> dict[str, float]:
         step, evaluation = 10.0 + 5 * architecture.num_hidden_layers, 100.0 + architecture.num_hidden_layers
-        alive = max(step, evaluation)
-        return {"step_peak": step, "evaluation_peak": evaluation, "alive": alive, "held": 1.5 * alive}
+        alive = max(step, filling, evaluation)
+        peaks = {"step_peak": step, "filling_peak": filling, "evaluation_peak": evaluation}
+        return {**peaks, "alive": alive, "held": 1.5 * alive}
 
-    monkeypatch.setattr(planner, "_figures", figures)
-    found = planner._measured(planner.config)
-    assert (found["alive"], found["held"]) == (170, 255)
+    for filled, expected in ((0.0, (170, 255)), (200.0, (200, 300))):
+        monkeypatch.setattr(planner, "_figures", lambda _, architecture, filled=filled: figures(architecture, filled))
+        planner._known.clear()
+        found = planner._measured(planner.config)
+        assert (found["alive"], found["held"]) == expected
 
 
 @given(SIZES)
@@ -203,9 +216,8 @@ def test_held_by_cuda_follows_the_rules_of_torchs_allocator() -> None:
     assert held_by_cuda(array("q", [9 * mib, 9 * mib, -1, -2, 18 * mib])) == 20 * mib
 
 
-def series(events: list[int], evaluation: int | None = None, recorded: int = 1) -> Series:
-    evaluation = len(events) + 1 if evaluation is None else evaluation
-    return Series(array("q", events), bytes([recorded]) * sum(event >= 0 for event in events), evaluation)
+def series(events: list[int], *trims: int, recorded: int = 1) -> Series:
+    return Series(array("q", events), bytes([recorded]) * sum(event >= 0 for event in events), trims)
 
 
 def test_held_by_libc_covers_what_is_alive() -> None:
@@ -218,7 +230,7 @@ def test_held_by_libc_gives_back_what_is_free_before_an_evaluation() -> None:
     # a large block that is freed lets the next ones lie side by side; of those every other one is freed, in whose place
     # 24 MiB find no room
     events = [25 << 20, -1] + [1 << 20] * 40 + [-number for number in range(2, 42, 2)]
-    kept, trimmed = (held_by_libc(series([*events, 24 << 20], place)) for place in (None, len(events)))
+    kept, trimmed = (held_by_libc(series([*events, 24 << 20], *places)) for places in ((), (len(events),)))
     assert kept is not None
     assert trimmed is not None
     assert 43 << 20 <= trimmed < 50 << 20
@@ -233,9 +245,11 @@ def test_repeated_plays_the_step_again_with_numbers_of_its_own() -> None:
     whole, step = repeated(trace, 100, 100), [10, 20, -3, -4]
     events = list(whole.events)
     assert events[:10] == [0, 200, 10, 20, -3, -4, 10, 20, -5, -6]
-    assert events[whole.evaluation : whole.evaluation + 2] == [30, -(2 + 2 * STEPS + 1)]
-    assert len(events) == whole.evaluation + 2 + AFTERWARDS * len(step)
-    assert whole.events[: whole.evaluation] == repeated(trace, 100, None).events
+    (evaluated,) = whole.trims
+    assert events[evaluated : evaluated + 2] == [30, -(2 + 2 * STEPS + 1)]
+    assert len(events) == evaluated + 2 + AFTERWARDS * len(step)
+    assert whole.events[:evaluated] == repeated(trace, 100, None).events
+    assert repeated(dataclasses.replace(trace, cached=1), 100, 100).trims == (2, evaluated)
     assert whole.recorded == bytes([0, 1] + [0, 1] * STEPS + [1] + [0, 1] * AFTERWARDS)
     short = repeated(trace, 2, 0)  # evaluated once, at its end
     assert list(short.events) == [*events[:10], 30, -7]
@@ -275,9 +289,49 @@ def test_calibration_takes_the_median_of_runs_and_leaves_out_what_cannot_be(
 
 
 def test_seconds_of_a_step_scale_products_by_tokens_and_attention_by_squares() -> None:
-    traced = {"operations": 700, "attention": 200, "tokens": 50, "squares": 400, "calls": 10, "micro_batches": 1}
-    step = MeanStep(tokens=100, squares=1000, batches=2)
-    assert step.seconds(traced, 10.0) == pytest.approx((500 * 100 / 50 + 200 * 1000 / 400) / 10 + 20 * CALL_SECONDS)
+    traced = {
+        "operations": 700, "attention": 200, "moved": 60, "update_moved": 5, "calls": 10, "update_calls": 3,
+        "tokens": 50, "squares": 400, "micro_batches": 1,
+    }  # fmt: skip
+    step, speeds = MeanStep(tokens=100, squares=1000, batches=2), Speeds(operations=10, bytes=30, call_seconds=0.1)
+    expected = (500 * 2 / LINEAR + 200 * 2.5 / ATTENTION) / 10 + (60 * 2 + 5) / MOVED / 30 + (20 + 3) * CALL * 0.1
+    assert step.seconds(traced, speeds) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("asked", "wanted"), [(2, 4), (None, 1)])
+def test_planner_reads_speeds_of_the_threads_that_a_training_has(
+    asked: int | None, wanted: int, tiny_encoder: Path, glosses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan from within a training has its threads already."""
+    data, method = {"train": str(glosses)}, "lora"
+    tree = {"model": str(tiny_encoder), "method": method, "data": data, "output_dir": str(tmp_path / "run")}
+    seen, before = list[int](), torch.get_num_threads()
+    monkeypatch.setattr(hardware, "threads_wanted", lambda: 4)
+    monkeypatch.setattr(planning, "_num_processes", lambda config: 4)
+    monkeypatch.setattr(planning, "calibration", lambda kind: seen.append(torch.get_num_threads()))
+    torch.set_num_threads(4)
+    try:
+        Planner(RunConfig.build(tree), num_processes=asked)
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [wanted]
+
+
+def test_speeds_are_measured_once_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFTWERK_CACHE", str(tmp_path))
+    step_time._probed.cache_clear()
+    found = speeds_of(torch.float32, "cpu")
+    assert found.operations > 1e8
+    assert found.bytes > 1e7
+    assert 1e-8 < found.call_seconds < 1e-3
+    monkeypatch.setattr(hardware, "fastest", None)
+    step_time._probed.cache_clear()
+    assert speeds_of(torch.float32, "cpu") == found
+    (tmp_path / "speeds.json").write_text('{"damaged')
+    step_time._probed.cache_clear()
+    with pytest.raises(TypeError):
+        speeds_of(torch.float32, "cpu")
 
 
 @pytest.mark.parametrize(("micro", "processes", "batches"), [(4, 1, 1), (2, 1, 2), (2, 2, 1)])
@@ -298,11 +352,14 @@ def test_codes_of_quantized_weights_have_their_share_of_the_scales() -> None:
     assert _codes(Quantization(name="int8"), 2) == 0.5
 
 
-def test_held_beside_begins_at_blocks_that_are_mapped_and_counts_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [held_beside(size, 0) for size in (MAPPED - 1, MAPPED)] == [0, MAPPED * 3 // 2]
-    assert [held_beside(0, products) for products in (3, 5000)] == [3 * PRODUCT, 1024 * PRODUCT]
-    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "2")
-    assert held_beside(0, 3) == 2 * PRODUCT
+@pytest.mark.parametrize(
+    ("capacity", "kept"),
+    [(None, 1024), ("2", 2), ("+3", 3), (" 16 entries", 16), ("many", 0), ("-5", 0), ("", 1024)],
+)
+def test_products_held_are_the_latest(capacity: str | None, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if capacity is not None:
+        monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", capacity)
+    assert [products_held(products) for products in (1, 5000)] == [min(1, kept) * PRODUCT, kept * PRODUCT]
 
 
 def test_plan_counts_16_bit_products_of_each_shape_of_a_batch(

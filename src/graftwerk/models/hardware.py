@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -81,13 +82,16 @@ def _fastest(seconds: dict[str, float], kind: str) -> str:
     return best
 
 
-@cache
 def probe(kind: str = "cpu") -> dict[str, float]:
     """Measure the seconds of one square matrix product by type, infinite if the device cannot do it; once per machine.
 
     Kept in the cache folder by processor, torch version and thread count.
     """
-    key = f"{kind}: {device_name(kind)}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    return dict(_probed(machine_key(kind), kind))
+
+
+@cache
+def _probed(key: str, kind: str) -> dict[str, float]:
     kept = recall("compute-types", key)
     if (
         isinstance(kept, dict)
@@ -109,20 +113,36 @@ def _seconds(dtype: torch.dtype, kind: str, *, limit: float) -> float:
     """Return the shortest time of a few products in seconds; stop early above ``limit``."""
     try:
         a = torch.ones(SIDE.get(kind, 1024), SIDE.get(kind, 1024), dtype=dtype, device=kind)
-        best = math.inf
-        with torch.inference_mode():
-            torch.mm(a, a)  # the first call sets kernels up
-            for _ in range(5):
-                synchronize([a.device])
-                start = time.perf_counter()
-                torch.mm(a, a)
-                synchronize([a.device])
-                best = min(best, time.perf_counter() - start)
-                if best > limit:
-                    break
+        return fastest(lambda: torch.mm(a, a), a.device, limit=limit)
     except (RuntimeError, TypeError, AssertionError):  # torch's ways of saying that there is no such kernel or device
         return math.inf
+
+
+def fastest(call: Callable[[], object], device: torch.device, *, limit: float = math.inf) -> float:
+    """Return the shortest time of a few calls in seconds, without gradients; stop early above ``limit``.
+
+    Args:
+        call: What is timed.
+        device: The device that works.
+        limit: Seconds above which no further call is made.
+    """
+    best = math.inf
+    with torch.inference_mode():
+        call()  # the first one sets kernels up
+        for _ in range(5):
+            synchronize([device])
+            start = time.perf_counter()
+            call()
+            synchronize([device])
+            best = min(best, time.perf_counter() - start)
+            if best > limit:
+                break
     return best
+
+
+def machine_key(kind: str) -> str:
+    """Return the key of what was measured here: device, torch version and thread count decide about speeds."""
+    return f"{kind}: {device_name(kind)}, torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
 def device_name(kind: str = "cpu") -> str:

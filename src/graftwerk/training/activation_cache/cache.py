@@ -27,7 +27,7 @@ from graftwerk.errors import GraftwerkError, UnsupportedError
 from graftwerk.evaluation.inference import autocast, to_device, without_gradients
 from graftwerk.kernels import flags
 from graftwerk.kernels.lm_head import comparable
-from graftwerk.machine import available
+from graftwerk.machine import available, give_back
 from graftwerk.modeling.architectures import Architecture, read_architecture
 from graftwerk.modeling.attach import Adapter, adapters
 from graftwerk.modeling.frozen_layers import below, draws_at_random, extras_of, reach, set_evaluating, skipping
@@ -45,8 +45,8 @@ from graftwerk.training.settings import TrainingSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROWS, TOKENS = 64, 4096
-"""Most rows, and tokens with padding, that are computed together."""
+ROWS, MOST_TOKENS, TOKENS_TOGETHER = 64, 4096, {"cpu": 1024}
+"""Most rows, and tokens with padding, that are computed together; more are no faster on a CPU, and take more memory."""
 TRIED = 8
 """Rows that are computed with and without the cache before it is trusted."""
 SURVEYED = 2
@@ -95,6 +95,7 @@ class ActivationCache:
         self.evaluating = False
         """True if the frozen layers are in evaluation mode while the rest trains."""
         self._modules: list[Any] = []
+        self.tokens_together = TOKENS_TOGETHER.get(processes.device.type, MOST_TOKENS)
         self._states: Tensor | None = None
         self._on_device: DeviceStates | None = None
         self._served_dtype, self._extras = torch.float32, -1
@@ -172,7 +173,8 @@ class ActivationCache:
                 self._slots = slots
                 self._on_device = on_device(self._states, self.processes.device)
                 self._facts["on_device"] = self._on_device is not None
-                self._verify(slots, step)
+                self._verify(step)
+                give_back()  # what computing and checking has freed, which steps could not use
 
     def _draws(self, call: Callable[[], Any]) -> bool:
         """Return True if the frozen layers have dropout."""
@@ -200,7 +202,8 @@ class ActivationCache:
         if not self.processes.any(states is None):
             self._states = states
             return
-        in_memory = shared is None and self.processes.world_size == 1 and self.plan.bytes <= self._memory_limit()
+        limit = FREE_SHARE * (available() or 0) if settings.trunk_cache_gb is None else settings.trunk_cache_gb * 1e9
+        in_memory = shared is None and self.processes.world_size == 1 and self.plan.bytes <= limit
         if in_memory:
             states = self._computed(MemoryStates(*shape, dtype), slots, step)
             self._facts.update(where="memory", reused=False)
@@ -239,7 +242,7 @@ class ActivationCache:
         return states
 
     def _computed(self, sink: MemoryStates | FileStates, slots: Slots, step: int) -> Tensor | None:
-        rows, tokens, model = ROWS, TOKENS, self.adapter.model
+        rows, tokens, model = ROWS, self.tokens_together, self.adapter.model
         try:
             with without_gradients(model, self.dtype):
                 done = 0
@@ -280,39 +283,36 @@ class ActivationCache:
         collated = self.task.collator.collate(examples, self.tokenizer)
         return to_device(self.task.objective.prepare(collated, self.adapter.model), self.adapter.model)
 
-    def _memory_limit(self) -> float:
-        if self.settings.trunk_cache_gb is not None:
-            return self.settings.trunk_cache_gb * 1e9
-        return FREE_SHARE * (available() or 0)
-
     def _how(self) -> dict[str, Any]:
         """Return the facts that the states depend on beside rows and model."""
         return {
             "types": [str(self.dtype), str(self._served_dtype), self.settings.trunk_cache_dtype],
             "machine": [self.processes.device.type, torch.get_num_threads()],
-            "chunks": [ROWS, TOKENS],
+            "chunks": [ROWS, self.tokens_together],
         }
 
-    def _verify(self, slots: Slots, step: int) -> None:
-        """Compare both paths on a few rows, and drop the cache if they differ."""
+    def _both_paths(self) -> tuple[Tensor, Tensor]:
+        """Return what both paths give for a few rows, of equal shapes: with the frozen layers computed, and cached."""
         model, rows = self.adapter.model, self._tried_rows
         batch = self._batch_of(rows)
         with without_gradients(model, self.dtype):
             plain = comparable(self.task.objective.forward(model, batch))
             with self.serving(rows, batch):
                 cached = comparable(self.task.objective.forward(model, batch))
-        self._rows_served = self._tokens_served = 0
+        self._rows_served = self._tokens_served = 0  # these were no rows of training
+        return plain, cached
+
+    def _verify(self, step: int) -> None:
+        """Compare both paths on a few rows, and drop the cache if they differ."""
+        plain, cached = self._both_paths()
         apart = float((plain - cached).norm() / plain.norm().clamp_min(1e-12))
         allowed = max(TOLERANCE[self.dtype], TOLERANCE[cache_dtype(self.settings)])
         self._facts["difference"] = apart
         if self.processes.any(not apart <= allowed):
             self._states = self._on_device = None
-            self._facts["why_not_used"] = f"its logits differ from those of the plain path by {apart:.2g}"
-            self._warn(
-                step,
-                f"cached hidden states are not used: the logits differ from those of the plain path by {apart:.2g} of "
-                f"their norm, and {allowed:g} is allowed; the frozen layers are computed at every step",
-            )
+            self._facts["why_not_used"] = why = f"the outputs differ from the plain path's by {apart:.2g} of their norm"
+            then = f"{allowed:g} is allowed; the frozen layers are computed at every step"
+            self._warn(step, f"cached hidden states are not used: {why}, and {then}")
 
     # -- while training and evaluating -----------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ and joined with its free neighbours when it is freed (c10/cuda/CUDACachingAlloca
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -20,8 +21,6 @@ from pathlib import Path
 from graftwerk.training.planning.step_trace import StepTrace
 
 MIB = 1 << 20
-MAPPED = 32 * MIB
-"""Least size of the blocks that glibc always maps and gives back (DEFAULT_MMAP_THRESHOLD_MAX)."""
 STEPS, AFTERWARDS = 6, 3
 """Most steps that are replayed before the first evaluation and after it: gaps between blocks soon stop growing."""
 PRODUCT = 700_000
@@ -38,12 +37,13 @@ class Series:
     Attributes:
         events: For each allocation its size in bytes; for each end minus the number (from 1) of the allocation.
         recorded: For each allocation 1 if autograd recorded the operation that made it, else 0.
-        evaluation: Place in ``events`` of the first one of the evaluation.
+        trims: Places in ``events`` before which freed memory is given back to the system: the first of the steps
+            after the activation cache was filled, and the first of the evaluation.
     """
 
     events: array[int]
     recorded: bytes
-    evaluation: int
+    trims: tuple[int, ...]
 
 
 def repeated(trace: StepTrace, before_evaluation: int, after: int | None) -> Series:
@@ -59,7 +59,7 @@ def repeated(trace: StepTrace, before_evaluation: int, after: int | None) -> Ser
         before += event >= 0
         if event >= 0 or -event > trace.loaded:
             events.append(0 if event >= 0 and before <= trace.loaded else event)
-    step, total = trace.events[trace.setup :], before
+    step, total, filled = trace.events[trace.setup :], before, len(events)
     recorded = bytearray(trace.recorded[:before])
 
     def play(part: array[int], number: int) -> None:
@@ -83,34 +83,31 @@ def repeated(trace: StepTrace, before_evaluation: int, after: int | None) -> Ser
         play(trace.evaluation, before + sum(event >= 0 for event in step))
         for _ in range(min(AFTERWARDS, after)):
             play(step, before)
-    return Series(events, bytes(recorded), stepped)
+    return Series(events, bytes(recorded), (filled, stepped) if trace.cached else (stepped,))
 
 
-def held_beside(largest: int, products: int) -> int:
-    """Return the bytes that a training on a CPU adds to those of its tensors and their gaps.
-
-    Looking for non-finite values in the largest tensor takes its absolute values and two masks of a byte for four.
-    Smaller blocks find room in what a step has left; glibc never takes blocks from `MAPPED` on from there. And oneDNN
-    makes code for each 16-bit matrix product of another shape, and keeps the latest.
+def products_held(products: int) -> int:
+    """Return the bytes of the code that oneDNN makes for matrix products in 16 bits and keeps, the latest of it.
 
     Args:
-        largest: Bytes of the largest trained tensor.
-        products: Number of matrix products of different shapes in 16 bits.
+        products: Number of products of different shapes.
     """
-    kept = min(products, int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")))
-    return PRODUCT * kept + (largest * 3 // 2 if largest >= MAPPED else 0)
+    said = re.match(r"\s*[+-]?\d+", os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") or "1024")
+    return PRODUCT * min(products, max(int(said[0]), 0) if said else 0)  # as C reads a number
 
 
 def held_by_libc(series: Series) -> int | None:
     """Return the most bytes that the C library's allocator holds, or None if it says nothing (before glibc 2.33)."""
     if sys.platform != "linux":
         return None
-    numbers = (len(series.events), series.evaluation)
-    command = [sys.executable, "-S", str(Path(__file__).with_name("malloc_replay.py")), *map(str, numbers)]
+    script = str(Path(__file__).with_name("malloc_replay.py"))
     found = []
     for seed in range(REPLAYS):
+        numbers = (len(series.events), seed, *series.trims)
         done = subprocess.run(
-            [*command, str(seed)], input=series.events.tobytes() + series.recorded, capture_output=True
+            [sys.executable, "-S", script, *map(str, numbers)],
+            input=series.events.tobytes() + series.recorded,
+            capture_output=True,
         )
         if done.returncode or not done.stdout.strip().isdigit():
             return None

@@ -9,12 +9,10 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-import torch
-
 from graftwerk.models.cache import recall, remember
-from graftwerk.models.hardware import device_name
+from graftwerk.models.hardware import machine_key
 
-NAME = "plans-3"
+NAME = "plans-4"
 """The number grows when the plan changes, since what was learnt holds for one way of planning."""
 LATEST = 15
 """Runs that are remembered."""
@@ -28,7 +26,7 @@ class Calibration:
 
     Attributes:
         process_bytes: Memory of a process beside what its allocator holds for tensors; 0 on an accelerator.
-        time_factor: Seconds of a step by those that its operations take at the probed speed.
+        time_factor: Seconds of a step by those that its counts give at the probed speeds.
         runs: Number of runs that they were learnt from.
     """
 
@@ -57,16 +55,12 @@ def learn(kind: str, process_bytes: float, time_factor: float) -> None:
         time_factor: Its seconds of a step by the planned ones without calibration.
     """
     if 0 <= process_bytes < 2e9 and 0.01 < time_factor < 100:
-        remember(NAME, _key(kind), [*_known(kind), [process_bytes, time_factor]][-LATEST:])
+        remember(NAME, machine_key(kind), [*_known(kind), [process_bytes, time_factor]][-LATEST:])
 
 
 def _known(kind: str) -> list[tuple[float, float]]:
-    kept = recall(NAME, _key(kind))
+    kept = recall(NAME, machine_key(kind))
     if not isinstance(kept, list):
         return []
     pairs = [each for each in kept if isinstance(each, list) and len(each) == 2]
     return [(float(a), float(b)) for a, b in pairs if isinstance(a, int | float) and isinstance(b, int | float)]
-
-
-def _key(kind: str) -> str:
-    return f"{kind}: {device_name(kind)}, torch {torch.__version__}, {torch.get_num_threads()} threads"

@@ -5,7 +5,7 @@ small blocks that torch makes for it: those of the tensor itself, and those of a
 records. They are freed at other times than their neighbours, which keeps freed memory in pieces. How the pieces fall
 hangs on a few bytes more or less, so their sizes are drawn: one replay tells little, the mean of several much.
 
-    python -S malloc_replay.py EVENTS EVALUATION SEED < events and flags
+    python -S malloc_replay.py EVENTS SEED PLACE... < events and flags
 """
 
 from __future__ import annotations
@@ -75,14 +75,14 @@ class Heap:
             self.libc.free(address)
 
 
-def replay(events: array[int], recorded: bytes, evaluation: int, seed: int) -> int:
+def replay(events: array[int], recorded: bytes, seed: int, *trims: int) -> int:
     """Return the most bytes that are resident at any time, above the start.
 
     Args:
         events: For each allocation its size, or minus the number (from 1) of the allocation that is freed.
         recorded: For each allocation 1 if autograd has a node for it.
-        evaluation: Place of the first event of an evaluation, before which freed memory is given back.
         seed: Seed of the sizes of small blocks.
+        trims: Places of the events before which freed memory is given back to the system.
     """
     draw = random.Random(seed)
 
@@ -94,7 +94,7 @@ def replay(events: array[int], recorded: bytes, evaluation: int, seed: int) -> i
     blocks: list[list[int]] = [[]]
     start, most = heap.resident(), 0
     for place, event in enumerate(events):
-        if place == evaluation:
+        if place in trims:
             heap.trim()
         if event < 0:
             heap.free(blocks[-event])

@@ -166,7 +166,7 @@ def upper_bound(config: RunConfig, prepared: Prepared, architecture: Any) -> flo
     total = 0.0
     for rows, split in (
         (training.max_micro_batch_size, "train"),
-        (training.per_device_eval_batch_size, "validation"),
+        (training.eval_batch_size, "validation"),
     ):
         longest = BatchSampler(prepared.examples[split], rows, seed=0, group=False).longest
         layers = depth if split == "train" else 2

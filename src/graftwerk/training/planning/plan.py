@@ -12,7 +12,8 @@ import copy
 import math
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,10 @@ from graftwerk.training.batch_sampler import BatchSampler
 from graftwerk.training.checkpoint import Checkpoints
 from graftwerk.training.mode import base_dtype
 from graftwerk.training.num_processes import resolve_num_processes
-from graftwerk.training.planning.allocator import held_beside, held_by_cuda, held_by_libc, repeated
+from graftwerk.training.planning.allocator import held_by_cuda, held_by_libc, products_held, repeated
 from graftwerk.training.planning.calibration import calibration
-from graftwerk.training.planning.step_time import mean_step, shapes_of, speed_of
-from graftwerk.training.planning.step_trace import trace_step
+from graftwerk.training.planning.step_time import LINEAR, mean_step, shapes_of, speeds_of
+from graftwerk.training.planning.step_trace import shallower, trace_step
 from graftwerk.training.run_dir import RunDir
 from graftwerk.training.setup import Prepared, prepare, with_initial_text
 from graftwerk.training.warm_start import warm_labels
@@ -46,7 +47,7 @@ class Memory:
     """Bytes of a run, of all its processes together.
 
     Attributes:
-        train_peak_bytes: Peak of training, with the evaluations on the way.
+        train_peak_bytes: Peak of training, with the evaluations on the way and the filling of the activation cache.
         eval_peak_bytes: Peak of evaluation.
         least_peak_bytes: Bytes that training cannot do without: the tensors alone, of one row if memory errors halve
             the batch (accelerators).
@@ -93,9 +94,11 @@ class Planner:
         from graftwerk.models.load import load_config
 
         self.config, self.device = config.anchored(), best_device()
-        self.calibration = calibration(self.device.type)
         self._known: dict[str, dict[str, float]] = {}
         self.num_processes = num_processes or _num_processes(self.config)  # before anything is computed here
+        self._trains_here = num_processes is not None
+        with self._threads_of_training():
+            self.calibration = calibration(self.device.type)
         self.prepared = prepared or prepare(
             self.config, lambda event: None, warm_labels(self.config.training.warm_start)
         )
@@ -149,7 +152,7 @@ class Planner:
         training, found = self.config.training, self._measured(self.config)
         if self.num_processes * sum(found[part] for part in ("weights", "trained", "gradients", "optimizer")) > limit:
             return None
-        rows, evaluated = _halvings(training.per_device_train_batch_size), training.per_device_eval_batch_size
+        rows, evaluated = _halvings(training.per_device_train_batch_size), training.eval_batch_size
         for recompute in dict.fromkeys((training.gradient_checkpointing, True)):
             for size in (evaluated >> halvings for halvings in range(evaluated.bit_length())):
                 if (fitting := self._fitting(limit, rows, size, recompute)) is not None:
@@ -157,7 +160,7 @@ class Planner:
                     overrides = [f"{key}={value}".replace("=True", "=true") for key, value in changes.items()]
                     return {"overrides": overrides, "plan": self.plan(config, largest_batch=largest_batch)}
                 smallest = self._measured(self._changed(rows[-1], size, recompute)[0])
-                if smallest["alive"] <= smallest["step_peak"]:
+                if smallest["alive"] <= max(smallest["step_peak"], smallest["filling_peak"]):
                     break  # evaluation is not the peak
         return None
 
@@ -180,7 +183,7 @@ class Planner:
         training, changes = self.config.training, dict[str, Any]()
         if rows != training.per_device_train_batch_size:
             changes |= training.micro_batch_overrides(rows)
-        if evaluated != training.per_device_eval_batch_size:
+        if evaluated != training.eval_batch_size:
             changes["training.per_device_eval_batch_size"] = evaluated
         if recompute != training.gradient_checkpointing:
             changes["training.gradient_checkpointing"] = recompute
@@ -202,12 +205,12 @@ class Planner:
         low, high = (layers + (int(top[1]) if top else 0) for layers in DEPTHS)
         if depth <= max(WHOLE, high) or (chosen is not None and top is None):
             return self._figures(config, self.architecture)
-        lower, higher = (self._figures(config, _cut(self.architecture, layers)) for layers in (low, high))
+        lower, higher = (self._figures(config, shallower(self.architecture, layers)) for layers in (low, high))
         factor = (depth - low) / (high - low)
         carried = {key: lower[key] + factor * (higher[key] - lower[key]) for key in lower}
         # The peak of a few layers may be that of an evaluation, and the peak of many that of a step.
         evaluated = carried["evaluation_peak"] if self.prepared.examples["validation"] else 0
-        alive = max(carried["step_peak"], evaluated)
+        alive = max(carried["step_peak"], carried["filling_peak"], evaluated)
         # Gaps between blocks are no sum over layers: they keep their share. Nor do sums of rows depend on depth.
         return {**carried, "alive": alive, "held": alive * higher["held"] / max(higher["alive"], 1)}
 
@@ -218,14 +221,18 @@ class Planner:
         prepared = self.prepared
         if config.method != self.config.method:
             prepared = replace(prepared, method=with_initial_text(config.method, prepared.tokenizer))
-        compute = compute_type(config.compute_type, self.device)
+        with self._threads_of_training():
+            compute = compute_type(config.compute_type, self.device)
         weights_dtype = base_dtype(config, compute, self.device)
+        rows = {"train": self._micro_batch(config), "eval": config.training.eval_batch_size}
         own = RunConfig.build(
-            config.model_dump(mode="json"), {"training.per_device_train_batch_size": self._micro_batch(config)}
+            config.model_dump(mode="json"),
+            {f"training.per_device_{part}_batch_size": size for part, size in rows.items()},
         )
         with tempfile.TemporaryDirectory() as folder:
             types = {"dtype": compute, "weights_dtype": weights_dtype}
-            trace = trace_step(own, prepared, copy.deepcopy(architecture), Path(folder) / "none", **types)
+            shallow, kind = copy.deepcopy(architecture), self.device.type
+            trace = trace_step(own, prepared, shallow, Path(folder) / "none", **types, kind=kind)
         evaluates = bool(self.prepared.examples["validation"])
         steps, _, every = self._steps(config)
         series = repeated(trace, min(steps, every), max(0, steps - every) if evaluates else None)
@@ -233,12 +240,12 @@ class Planner:
         if self.device.type == "cpu":
             train, validation = (self.prepared.examples[split] for split in ("train", "validation"))
             shapes = shapes_of(train, config.training, self._micro_batch(config), self.num_processes, steps)
-            evaluations = len(batches_of(validation, config.training.per_device_eval_batch_size))
+            evaluations = len(batches_of(validation, config.training.eval_batch_size))
             products = trace.products * shapes + trace.evaluated_products * evaluations
-            beside += held_beside(trace.largest, products)
+            beside += products_held(products)
         held = held_by_cuda(series.events) if self.device.type == "cuda" else held_by_libc(series) or 0
         evaluation = trace.evaluation_peak if evaluates else 0
-        alive = max(trace.step_peak, evaluation)
+        alive = max(trace.step_peak, trace.filling_peak, evaluation)
         parts = {key: float(value) for key, value in vars(trace).items() if isinstance(value, int | float)}
         if config.quantization is not None:
             parts["weights"] -= trace.quantizable * (1 - _codes(config.quantization, weights_dtype.itemsize))
@@ -248,6 +255,9 @@ class Planner:
     def _memory(self, found: Mapping[str, float], config: RunConfig) -> Memory:
         process, each = self.calibration.process_bytes, self.num_processes
         peak, least = found["weights"] + found["held"] + found["beside"] + process, found["weights"] + found["alive"]
+        if self.device.type != "cpu":  # where filling the cache halves its rows if memory runs out
+            evaluated = found["evaluation"] if self.prepared.examples["validation"] else 0
+            least = found["weights"] + max(found["step_peak"], evaluated)
         if self.device.type != "cpu" and each == 1 and self._micro_batch(config) > 1:
             per_row = found["kept"] / self._micro_batch(config)
             least -= per_row * (self._micro_batch(config) - 1)
@@ -280,14 +290,15 @@ class Planner:
         rows = config.training.per_device_train_batch_size
         tree = config.model_dump(mode="json")
         less = self._measured(RunConfig.build(tree, {"training.per_device_train_batch_size": rows // 2 or 2}))
-        if memory.eval_peak_bytes > free:
+        filling = self.num_processes * (found["weights"] + found["filling_peak"] + self.calibration.process_bytes)
+        if max(memory.eval_peak_bytes, filling) > free:
             return 0
         apart = found["rows"] - less["rows"]  # there may be fewer rows than a micro-batch asks for
         grown = 0.0 if apart == 0 else (found["step_peak"] - less["step_peak"]) / apart
         if grown <= 0:
             return None
         share = found["held"] / max(found["alive"], 1)
-        # the peak may be that of an evaluation, which does not grow
+        # the peak may be that of an evaluation or of filling the cache, which do not grow
         left = free - memory.train_peak_bytes + self.num_processes * share * (found["alive"] - found["step_peak"])
         return max(0, int(self.num_processes * found["rows"] + left / (share * grown)))
 
@@ -296,17 +307,34 @@ class Planner:
         from graftwerk.models.hardware import compute_type
 
         factor, train = self.calibration.time_factor, self.prepared.examples["train"]
-        speed = speed_of(compute_type(config.compute_type, self.device), self.device.type)
+        with self._threads_of_training():
+            speeds = speeds_of(compute_type(config.compute_type, self.device), self.device.type)
         step = mean_step(train, config.training, self._micro_batch(config), self.num_processes)
-        step_seconds = factor * step.seconds(found, speed)
+        step_seconds = factor * step.seconds(found, speeds)
         steps, per_epoch, every = self._steps(config)
         held_out = sum(example.length for example in self.prepared.examples["validation"])
-        evaluated = factor * found["evaluated"] * held_out / speed
+        evaluated = factor * found["evaluated"] * held_out / (LINEAR * speeds.operations)
         return {
             "step_seconds": step_seconds,
             "epoch_seconds": step_seconds * per_epoch,
             "training_seconds": step_seconds * steps + evaluated * max(1.0, steps / every),
         }
+
+    @contextmanager
+    def _threads_of_training(self) -> Iterator[None]:
+        """Compute on as many threads as a process of the training inside the block, on which speeds depend."""
+        from graftwerk.models.hardware import set_threads, threads_wanted
+
+        before = torch.get_num_threads()
+        threads = before if self._trains_here else max(1, threads_wanted() // self.num_processes)
+        if threads == before:
+            yield
+            return
+        set_threads(threads)
+        try:
+            yield
+        finally:
+            set_threads(before)
 
     def _micro_batch(self, config: RunConfig) -> int:
         return math.ceil(config.training.per_device_train_batch_size / self.num_processes)
@@ -364,20 +392,6 @@ def _codes(quantization: Any, itemsize: int) -> float:
     """
     scale = (1 / 64 + 4 / (64 * 256)) if quantization.double_quant else 4 / 64  # one for 64 weights
     return (1.0 if quantization.name == "int8" else 0.5 + scale) / itemsize
-
-
-def _cut(architecture: Any, layers: int) -> Any:
-    """Return the configuration of the same model with fewer layers in each of its stacks."""
-    shallow = copy.deepcopy(architecture)
-    whole = int(architecture.num_hidden_layers)
-    for name, value in list(vars(shallow).items()):
-        if isinstance(value, list) and len(value) == whole:  # what each layer is
-            setattr(shallow, name, value[:layers])
-    shallow.num_hidden_layers = layers
-    for name in ("num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"):
-        if isinstance(getattr(shallow, name, None), int):
-            setattr(shallow, name, layers)
-    return shallow
 
 
 def _halvings(rows: int) -> list[int]:

@@ -1,9 +1,15 @@
-"""Seconds of a step: its operations at the probed speed of the machine, scaled from the traced rows to all rows."""
+"""Seconds of a step: what a trace counts at the probed speeds of the machine, scaled from the traced rows to all rows.
+
+    t = linear / s_p + attention / s_a + moved / s_m + calls t_c
+
+Legend: linear, attention floating-point operations; moved bytes; s speeds, t_c seconds of a call.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -11,10 +17,11 @@ from graftwerk.tasks.base import Example
 from graftwerk.training.batch_sampler import BatchSampler, micro_batches
 from graftwerk.training.settings import TrainingSettings
 
-EFFICIENCY = 0.32
-"""Share of the speed of a square matrix product that the products of a step reach (MiniLM and SmolLM2 on two cores)."""
-CALL_SECONDS = 120e-6
-"""Of each operation that makes a tensor, whatever its size: Python, modules and autograd around it."""
+LINEAR, ATTENTION, MOVED = 0.92, 0.23, 1.25
+"""Shares of the probed speeds that products of weights, attention, and all other operations reach in a step."""
+CALL = 19
+"""Probed calls that each operation of a step costs, whatever its size: Python, modules and autograd around it."""
+PROBED_ELEMENTS, PROBED_CALLS = 1 << 22, 200
 SAMPLED = 200
 """Steps of the first epoch whose lengths stand for all."""
 
@@ -33,16 +40,36 @@ class MeanStep:
     squares: float
     batches: float
 
-    def seconds(self, traced: Mapping[str, float], speed: float) -> float:
+    def seconds(self, traced: Mapping[str, float], speeds: Speeds) -> float:
         """Return the seconds of the step.
 
         Args:
             traced: Figures of a traced step, named as in `step_trace.StepTrace`.
-            speed: Floating-point operations in a second.
+            speeds: Of the machine.
         """
-        linear = (traced["operations"] - traced["attention"]) / traced["tokens"] * self.tokens
-        square = traced["attention"] / traced["squares"] * self.squares
-        return (linear + square) / speed + traced["calls"] / traced["micro_batches"] * self.batches * CALL_SECONDS
+        by_token, by_square = self.tokens / traced["tokens"], self.squares / traced["squares"]
+        linear = (traced["operations"] - traced["attention"]) * by_token / LINEAR
+        attention = traced["attention"] * by_square / ATTENTION
+        moved = traced["moved"] * by_token + traced["update_moved"]
+        calls = traced["calls"] / traced["micro_batches"] * self.batches + traced["update_calls"]
+        return (
+            (linear + attention) / speeds.operations + moved / MOVED / speeds.bytes + calls * CALL * speeds.call_seconds
+        )
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Speeds of a machine, as a few simple operations reach them.
+
+    Attributes:
+        operations: Floating-point operations in a second, in square matrix products.
+        bytes: Bytes that an activation function reads and writes in a second.
+        call_seconds: Seconds of an operation on a few numbers.
+    """
+
+    operations: float
+    bytes: float
+    call_seconds: float
 
 
 def mean_step(train: Sequence[Example], training: TrainingSettings, micro: int, num_processes: int) -> MeanStep:
@@ -83,8 +110,31 @@ def _sampler(train: Sequence[Example], training: TrainingSettings) -> BatchSampl
     return BatchSampler(train, training.global_batch_size(), seed=training.seed, group=training.length_group)
 
 
-def speed_of(dtype: torch.dtype, kind: str) -> float:
-    """Return the floating-point operations that a step does in a second."""
-    from graftwerk.models.hardware import SIDE, probe
+def speeds_of(dtype: torch.dtype, kind: str) -> Speeds:
+    """Return the speeds of this machine, measured once.
 
-    return EFFICIENCY * 2 * SIDE.get(kind, 1024) ** 3 / probe(kind)[str(dtype).removeprefix("torch.")]
+    Args:
+        dtype: Type that products are computed in.
+        kind: Kind of the device.
+    """
+    from graftwerk.models.hardware import SIDE, machine_key, probe
+
+    bytes_a_second, call_seconds = _probed(machine_key(kind), kind)
+    product = probe(kind)[str(dtype).removeprefix("torch.")]
+    return Speeds(2 * SIDE.get(kind, 1024) ** 3 / product, bytes_a_second, call_seconds)
+
+
+@cache
+def _probed(key: str, kind: str) -> tuple[float, float]:
+    """Measure bytes in a second and seconds of a call; kept in the cache folder."""
+    from graftwerk.models.cache import recall, remember
+    from graftwerk.models.hardware import fastest
+
+    kept = recall("speeds", key)
+    if isinstance(kept, list) and len(kept) == 2 and all(isinstance(value, float) and value > 0 for value in kept):
+        return kept[0], kept[1]
+    many, few = torch.ones(PROBED_ELEMENTS, device=kind), torch.ones(16, device=kind)
+    moved = 2 * many.nbytes / fastest(lambda: torch.nn.functional.gelu(many), many.device)
+    call = fastest(lambda: [few + few for _ in range(PROBED_CALLS)], few.device) / PROBED_CALLS
+    remember("speeds", key, [moved, call])
+    return moved, call

@@ -8,6 +8,7 @@ kernels and for what the allocator does with freed blocks (`allocator`).
 
 from __future__ import annotations
 
+import copy
 import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -26,14 +27,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from graftwerk.config import RunConfig
 from graftwerk.evaluation.inference import without_cache
 from graftwerk.modeling.attach import attach
-from graftwerk.modeling.frozen_layers import reach
-from graftwerk.modeling.module_index import modes_restored
-from graftwerk.tasks.base import Example, Task
-from graftwerk.training.activation_cache.cache import ActivationCache
-from graftwerk.training.activation_cache.plan import cache_dtype
-from graftwerk.training.activation_cache.rows import Slots
-from graftwerk.training.distributed.single import SingleProcess
-from graftwerk.training.retention.base import Setting
+from graftwerk.training.activation_cache.cache import MOST_TOKENS, TOKENS_TOGETHER
+from graftwerk.training.planning.without_values import CacheWithoutValues, SettingWithoutValues, Unmoved, without_values
 from graftwerk.training.setup import Prepared, training_data
 
 TRACED = 2
@@ -41,7 +36,9 @@ TRACED = 2
 _ATEN: Any = torch.ops.aten
 _PRODUCTS = frozenset((_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm))
 _LINEAR = frozenset((_ATEN.mm, _ATEN.addmm, _ATEN.convolution, _ATEN.convolution_backward))
-"""Operations that grow with the tokens; the other counted ones are attention's, and grow with rows times length^2."""
+"""Products that grow with the tokens; the other counted ones are attention's, and grow with rows times length^2."""
+_LOOKUPS = frozenset((_ATEN.embedding, _ATEN.index_select, _ATEN.gather, _ATEN.index))
+"""Operations that read of a table no more than they write."""
 
 
 def _attention(*args: Any, out_val: Any, **_: Any) -> Any:
@@ -72,15 +69,17 @@ class StepTrace:
         kept: What the forward pass of one micro-batch keeps for the backward pass, up to the model's output.
         step_peak: Most bytes alive at any moment of a step, without ``weights``.
         evaluation_peak: The same of an evaluation batch.
+        filling_peak: The same of the pass that fills the activation cache, and of its check; 0 without a cache.
         operations: Floating-point operations of the traced micro-batches.
         attention: Those of them that grow with the square of the length.
-        moved: Bytes that the operations of the traced micro-batches write.
-        calls: Their operations that compute something.
+        moved: Bytes that the operations of the traced micro-batches read and write, matrix products left out.
+        update_moved: The same of the optimizer.
+        calls: Operations of the traced micro-batches that compute something.
+        update_calls: Those of the optimizer.
         micro_batches: Number of traced micro-batches.
         rows: Rows of the largest of them.
         quantizable: Bytes of ``weights`` in linear layers that a quantized base stores as codes.
         widest: Bytes of the largest of them, which is decoded whole.
-        largest: Bytes of the largest trained parameter.
         tokens: Tokens of the traced micro-batches, padding included.
         squares: Sum of rows times squared length over the traced micro-batches.
         evaluated: Operations of a token in evaluation.
@@ -102,15 +101,17 @@ class StepTrace:
     kept: int
     step_peak: int
     evaluation_peak: int
+    filling_peak: int
     operations: int
     attention: int
     moved: int
+    update_moved: int
     calls: int
+    update_calls: int
     micro_batches: int
     rows: int
     quantizable: int
     widest: int
-    largest: int
     tokens: int
     squares: int
     evaluated: int
@@ -150,30 +151,33 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.products.add(
                     (func, *(tuple(each.shape) + each.stride() for each in args if isinstance(each, Tensor)))
                 )
+        read = [each for each in tree_iter((args, kwargs)) if isinstance(each, Tensor)]
         recorded = torch._C._current_graph_task_id() != -1 or (
-            torch.is_grad_enabled()
-            and any(isinstance(each, Tensor) and each.requires_grad for each in tree_iter((args, kwargs)))
+            torch.is_grad_enabled() and any(tensor.requires_grad for tensor in read)
         )
-        for tensor in tree_iter(made):
-            if isinstance(tensor, Tensor):
-                self.add(tensor, recorded)
+        written = [each for each in tree_iter(made) if isinstance(each, Tensor)]
+        new = [self.add(tensor, recorded) for tensor in written]
+        if any(new) or func._schema.is_mutable:  # not a view
+            self.calls += 1
+            if formula is None:
+                taken = written if func._overloadpacket in _LOOKUPS else read
+                self.moved += sum(tensor.nbytes for tensor in (*taken, *written))
         self.peak = max(self.peak, self.alive)
         return made
 
-    def add(self, tensor: Tensor, recorded: bool = False) -> None:
-        """Count the storage of a tensor, any shape, unless it is known."""
+    def add(self, tensor: Tensor, recorded: bool = False) -> bool:
+        """Count the storage of a tensor, any shape, unless it is known; return True if it was not."""
         storage = tensor.untyped_storage()
         number = id(storage)
         if (known := self._known.get(number)) is not None and known() is storage:
-            return
+            return False
         size = storage.nbytes()
         self.made += 1
         self.alive += size
-        self.moved += size
-        self.calls += 1
         self.events.append(size)
         self.recorded.append(recorded)
         self._known[number] = weakref.ref(storage, self._forgetting(number, size, self.made))
+        return True
 
     def _forgetting(self, number: int, size: int, made: int) -> Any:
         def forget(_: Any) -> None:
@@ -184,61 +188,6 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return forget
 
 
-class _Unmoved(SingleProcess):
-    """One process whose model stays where it is: tensors without values are on every device already."""
-
-    def prepare(self, model: Any) -> Any:
-        return model
-
-
-class _SettingWithoutValues(Setting):
-    """Setting of strategies against forgetting whose batches lose their values, as the run's own do."""
-
-    planned = True
-
-    def batch(self, task: Task, examples: Sequence[Example]) -> dict[str, Tensor]:
-        with unset_fake_temporarily() as fake:
-            batch = super().batch(task, examples)
-        return _without_values(fake, batch) if isinstance(fake, FakeTensorMode) else batch
-
-
-class _RandomSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """See whether an operation draws random numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: bool = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen = self.seen or torch.Tag.nondeterministic_seeded in func.tags
-        return func(*args, **(kwargs or {}))
-
-
-class _CacheWithoutValues(ActivationCache):
-    """The activation cache with hidden states that are not computed."""
-
-    def _draws(self, call: Callable[[], Any]) -> bool:
-        """Return True if the layers have dropout: without values two passes cannot be compared."""
-        model = self.adapter.model
-        with _RandomSeen() as random, torch.no_grad(), without_cache(model), modes_restored(model):
-            model.train()
-            reach(model, self.plan.cut, call)  # type: ignore[arg-type]
-        return bool(random.seen)
-
-    def _batch_of(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Return the shapes of a batch, prepared while its labels had values."""
-        with unset_fake_temporarily() as fake:
-            batch = super()._batch_of(examples)
-        return _without_values(fake, batch) if isinstance(fake, FakeTensorMode) else batch
-
-    def _load_or_compute(self, slots: Slots, step: int) -> None:
-        self._facts.update(where="nowhere", reused=False)
-        self._states = torch.empty(slots.tokens, self.plan.cut.width, dtype=cache_dtype(self.settings), device="cpu")  # type: ignore[union-attr]
-
-    def _verify(self, slots: Slots, step: int) -> None:
-        """Do nothing: there are no values to compare."""
-
-
 def trace_step(
     config: RunConfig,
     prepared: Prepared,
@@ -247,6 +196,7 @@ def trace_step(
     *,
     dtype: torch.dtype,
     weights_dtype: torch.dtype,
+    kind: str = "cpu",
 ) -> StepTrace:
     """Trace a training step and an evaluation batch of a run on its longest rows.
 
@@ -257,6 +207,7 @@ def trace_step(
         folder: A folder that does not exist; nothing is written into it.
         dtype: Type that forward passes compute in.
         weights_dtype: Type that the base is loaded in.
+        kind: Kind of the device that trains.
 
     Raises:
         UnsupportedError: The method does not support this architecture.
@@ -294,27 +245,30 @@ def trace_step(
             training,
             RunContext(Checkpoints(folder)),
             dtype=dtype,
-            distributed=_Unmoved(torch.device("cpu")),
+            distributed=Unmoved(torch.device("cpu")),
         )
         if training.retain is not None:
             with unset_fake_temporarily():  # heads of earlier runs are read from their files
                 retained = RetainedMeter(prepared.retained, adapter, trainer.evaluate, config.evaluation, "")
-            retention_of(config, prepared, trainer, retained, _SettingWithoutValues)
+            retention_of(config, prepared, trainer, retained, SettingWithoutValues)
         cache = trainer.activation_cache
-        cache.__class__ = _CacheWithoutValues
+        cache.__class__ = CacheWithoutValues
+        cache.tokens_together = TOKENS_TOGETHER.get(kind, MOST_TOKENS)
+        meter.restart()
         cache.open(trainer.train, validation, trainer.total_steps * trainer.rows_per_step / len(trainer.train), 0)
     cached = 0 if cache._states is None else cache._states.untyped_storage().nbytes()
+    filling_peak = meter.peak - weights if cached else 0
     examples = trainer.batch_sampler.part(0)
     longest = sorted(range(len(examples)), key=lambda row: -examples[row].length)
-    micro, size = trainer.state.micro_batch, training.per_device_eval_batch_size
+    micro, size = trainer.state.micro_batch, training.eval_batch_size
     held_out = [validation[row] for row in next(iter(batches_of(validation, size)), [])]
     held_out = held_out or [examples[row] for row in longest[:size]]
     with torch.random.fork_rng(devices=[]):
         step = trainer.gradients.batches.prepare(longest[: min(trainer.rows_per_step, TRACED * micro)], micro)
         batch = task.objective.prepare(task.collator.collate(held_out, prepared.tokenizer), model)
     shapes = [next(iter(batch.values())).shape for batch in step.batches]
-    step = replace(step, batches=[_without_values(fake, batch) for batch in step.batches])
-    batch = _without_values(fake, batch)
+    step = replace(step, batches=[without_values(fake, batch) for batch in step.batches])
+    batch = without_values(fake, batch)
     setup = len(meter.events)
     kept: list[int] = []
     handle = model.register_forward_hook(lambda *_: kept.append(meter.alive))
@@ -322,9 +276,10 @@ def trace_step(
         meter.restart()
         start = meter.alive
         gradient = trainer.gradients.accumulate(step)
+        moved, calls, operations, attention = meter.moved, meter.calls, meter.operations, meter.attention
         optim.step_if(trainer.optimizer, gradient.finite)
-        step_peak, moved, calls = meter.peak, meter.moved, meter.calls
-        operations, attention, products = meter.operations, meter.attention, len(meter.products)
+        step_peak, products = meter.peak, len(meter.products)
+        update_moved, update_calls = meter.moved - moved, meter.calls - calls
     handle.remove()
     del gradient
     trainer.optimizer.zero_grad()
@@ -340,8 +295,7 @@ def trace_step(
         del outputs
     rows, width = next(iter(batch.values())).shape[:2]
     tokens = sum(shape[0] * shape[1] for shape in shapes)
-    sizes = list(_storages(list(adapter.parameters())))
-    trained = sum(sizes)
+    trained = sum(_storages(list(adapter.parameters())))
     return StepTrace(
         weights=weights,
         trained=trained,
@@ -351,15 +305,17 @@ def trace_step(
         kept=max(kept, default=start) - start,
         step_peak=step_peak - weights,
         evaluation_peak=evaluation_peak - weights,
+        filling_peak=filling_peak,
         operations=operations,
         attention=attention,
         moved=moved,
+        update_moved=update_moved,
         calls=calls,
+        update_calls=update_calls,
         micro_batches=len(shapes),
         rows=max(map(len, step.examples)),
         quantizable=sum(linear.values()),
         widest=max(linear.values(), default=0),
-        largest=max(sizes, default=0),
         tokens=tokens,
         squares=sum(shape[0] * shape[1] ** 2 for shape in shapes),
         evaluated=evaluated // (rows * width),
@@ -371,6 +327,20 @@ def trace_step(
         evaluation=meter.events[stepped:],
         recorded=bytes(meter.recorded),
     )
+
+
+def shallower(architecture: Any, layers: int) -> Any:
+    """Return the configuration of the same model with fewer layers in each of its stacks."""
+    shallow = copy.deepcopy(architecture)
+    whole = int(architecture.num_hidden_layers)
+    for name, value in list(vars(shallow).items()):
+        if isinstance(value, list) and len(value) == whole:  # what each layer is
+            setattr(shallow, name, value[:layers])
+    shallow.num_hidden_layers = layers
+    for name in ("num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"):
+        if isinstance(getattr(shallow, name, None), int):
+            setattr(shallow, name, layers)
+    return shallow
 
 
 def _quantized(model: Any, config: RunConfig) -> dict[str, int]:
@@ -388,8 +358,3 @@ def _storages(tensors: Sequence[Tensor]) -> Iterator[int]:
     """Yield the bytes of each storage that the tensors lie in, once."""
     seen: dict[int, int] = {id(one.untyped_storage()): one.untyped_storage().nbytes() for one in tensors}
     yield from seen.values()
-
-
-def _without_values(fake: FakeTensorMode, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the shapes of a batch, tensors (...) without values."""
-    return {name: fake.from_tensor(tensor) for name, tensor in batch.items()}

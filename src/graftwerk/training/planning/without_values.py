@@ -1,0 +1,101 @@
+"""The parts of a training that need values of tensors, for one whose tensors are fake: shapes without values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graftwerk.evaluation.inference import without_cache, without_gradients
+from graftwerk.modeling.frozen_layers import reach
+from graftwerk.modeling.module_index import modes_restored
+from graftwerk.tasks.base import Example, Task
+from graftwerk.training.activation_cache.cache import ROWS, ActivationCache
+from graftwerk.training.activation_cache.plan import cache_dtype
+from graftwerk.training.activation_cache.rows import Slots
+from graftwerk.training.activation_cache.store import chunks
+from graftwerk.training.distributed.single import SingleProcess
+from graftwerk.training.retention.base import Setting
+
+
+def without_values(fake: FakeTensorMode, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the shapes of a batch, tensors (...) without values."""
+    return {name: fake.from_tensor(tensor) for name, tensor in batch.items()}
+
+
+class Unmoved(SingleProcess):
+    """One process whose model stays where it is: tensors without values are on every device already."""
+
+    def prepare(self, model: Any) -> Any:
+        return model
+
+
+class SettingWithoutValues(Setting):
+    """Setting of strategies against forgetting whose batches lose their values, as the run's own do."""
+
+    planned = True
+
+    def batch(self, task: Task, examples: Sequence[Example]) -> dict[str, Tensor]:
+        with unset_fake_temporarily() as fake:
+            batch = super().batch(task, examples)
+        return without_values(fake, batch) if isinstance(fake, FakeTensorMode) else batch
+
+
+class _RandomSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """See whether an operation draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: bool = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.seen = self.seen or _is_random(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _is_random(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return True if a call draws random numbers: attention is said to, and does only with a probability above 0."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name in ("p", "dropout_p"):
+            given = args[place] if place < len(args) else kwargs.get(argument.name, argument.default_value)
+            return isinstance(given, Tensor) or bool(given)
+    return True
+
+
+class CacheWithoutValues(ActivationCache):
+    """The activation cache with hidden states that are not computed."""
+
+    def _draws(self, call: Callable[[], Any]) -> bool:
+        """Return True if the layers have dropout: without values two passes cannot be compared."""
+        model = self.adapter.model
+        with _RandomSeen() as random, torch.no_grad(), without_cache(model), modes_restored(model):
+            model.train()
+            reach(model, self.plan.cut, call)  # type: ignore[arg-type]
+        return bool(random.seen)
+
+    def _batch_of(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Return the shapes of a batch, prepared while its labels had values."""
+        with unset_fake_temporarily() as fake:
+            batch = super()._batch_of(examples)
+        return without_values(fake, batch) if isinstance(fake, FakeTensorMode) else batch
+
+    def _load_or_compute(self, slots: Slots, step: int) -> None:
+        self._facts.update(where="nowhere", reused=False)
+        self._states = torch.empty(slots.tokens, self.plan.cut.width, dtype=cache_dtype(self.settings), device="cpu")  # type: ignore[union-attr]
+        lengths = [row.length for row in slots.rows]
+        first, *others = chunks(lengths, ROWS, self.tokens_together)
+        widest = max(others, key=lambda places: len(places) * lengths[places[0]], default=first)
+        with without_gradients(self.adapter.model, self.dtype):
+            for places in (first, widest):  # the longest rows, and the most tokens
+                self._of([slots.rows[place] for place in places])
+
+    def _verify(self, step: int) -> None:
+        """Run both paths for their memory: there are no values to compare."""
+        self._both_paths()
