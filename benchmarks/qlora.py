@@ -1,10 +1,10 @@
 """QLoRA beside LoRA on SmolLM2-135M: the same rows, steps and seeds; bytes of the weights, losses, measured peaks.
 
-    python benchmarks/qlora.py [--steps 100] [--kinds none,nf4,int8] [--rows 4] [--tokens 64] [--seeds 0,1,2]
+    python benchmarks/qlora.py [--steps 100] [--kinds none,nf4,int8] [--rows 4] [--tokens 64] [--seeds 0]
         [--example domain] [--json FILE]
 
 Each run has a process of its own and the run file of an example with short rows. Prints one line a run, and for each
-kind its figures by those of LoRA in full precision: mean and range over the seeds.
+kind the ratio of each figure to LoRA's in full precision: mean and range over the seeds.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ settings.register_profile(
     "graftwerk", deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("graftwerk")
-# Hypothesis also draws the constants of whatever project files are imported, which differ with the tests run before.
+# Hypothesis also draws constants of project files that are imported, which depends on the tests that ran before.
 assert hasattr(providers, "_get_local_constants")
 providers._get_local_constants = lambda: providers._local_constants
 

@@ -35,7 +35,7 @@ def _copy(name: str, tmp_path: Path) -> Path:
 
 
 def _moved(folder: Path) -> Path:
-    """Return the run's settings with its folder where it is now, one that no file gave as its default is today."""
+    """Return the run's settings with its new folder, and today's default rows of an evaluation in place of 64."""
     tree = yaml.safe_load((folder / "config.yaml").read_text())
     assert tree["training"].pop("per_device_eval_batch_size") == 64
     path = folder.with_suffix(".yaml")

@@ -325,7 +325,7 @@ def test_speeds_are_measured_once_a_machine(tmp_path: Path, monkeypatch: pytest.
     assert found.operations > 1e8
     assert found.bytes > 1e7
     assert 1e-8 < found.call_seconds < 1e-3
-    monkeypatch.setattr(hardware, "fastest", None)
+    monkeypatch.setattr(hardware, "shortest_seconds", None)
     step_time._probed.cache_clear()
     assert speeds_of(torch.float32, "cpu") == found
     (tmp_path / "speeds.json").write_text('{"damaged')
@@ -356,7 +356,9 @@ def test_codes_of_quantized_weights_have_their_share_of_the_scales() -> None:
     ("capacity", "kept"),
     [(None, 1024), ("2", 2), ("+3", 3), (" 16 entries", 16), ("many", 0), ("-5", 0), ("", 1024)],
 )
-def test_products_held_are_the_latest(capacity: str | None, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_held_respects_the_capacity_of_onednns_cache(
+    capacity: str | None, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if capacity is not None:
         monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", capacity)
     assert [products_held(products) for products in (1, 5000)] == [min(1, kept) * PRODUCT, kept * PRODUCT]

@@ -89,8 +89,8 @@ def is_transposed(module: nn.Module) -> bool:
 def all_finite(tensor: Tensor) -> bool:
     """Return True if no number of a tensor, any shape, is NaN or infinite.
 
-    Its least and its greatest tell, in one pass and, of a contiguous tensor, without memory. `isfinite` takes one and a
-    half times the tensor, and twenty times as long.
+    Looks at the least and the greatest, in one pass and without a temporary tensor if this one is contiguous.
+    `isfinite` allocates one and a half times the tensor, and takes twenty times as long.
 
     Example:
         >>> all_finite(torch.tensor([1.0, float("nan")]))
@@ -99,7 +99,7 @@ def all_finite(tensor: Tensor) -> bool:
     if tensor.numel() == 0:
         return True
     numbers = tensor.detach()
-    if is_traceable_wrapper_subclass(numbers) or numbers.dtype.itemsize == 1:  # sharded, or without an order
+    if is_traceable_wrapper_subclass(numbers) or numbers.dtype.itemsize == 1:  # DTensor and the like; 8-bit types
         return bool(torch.isfinite(numbers.float() if numbers.dtype.itemsize == 1 else numbers).all())
     low, high = torch.aminmax(numbers)
-    return bool(low.isfinite() & high.isfinite())  # a NaN is both
+    return bool(low.isfinite() & high.isfinite())  # NaN propagates to both

@@ -94,7 +94,7 @@ class AttachedAdapter(Protocol):
         """Make the model hold the values that were trained in place, or the base's."""
 
     def train_while(self, used: bool) -> None:
-        """Let its own parameters require gradients only while it is used; not for frozen and full ones."""
+        """Let its own parameters require gradients only while it is used. Never called for frozen or full adapters."""
 
     def save(self, folder: str | Path, **metadata: Any) -> Path:
         """Write the adapter folder, whole or not at all."""
@@ -117,11 +117,11 @@ class ModelAdapters:
         self.flags: dict[str, bool] = {}
         """True for each parameter that required gradients before the first adapter, by name."""
         self.full: list[str] = []
-        """Those of full fine-tuning, whose weights the model's own parameters hold while they are active."""
+        """Names of adapters of full fine-tuning, whose weights the model's own parameters hold while active."""
         self.trainable: set[str] = set()
-        """Those with parameters of their own that are not frozen for good."""
+        """Names of adapters with parameters of their own that are not frozen for good."""
         self._training: set[str] = set()
-        """Those that were last chosen: of ``trainable`` ones, the parameters of no others require gradients."""
+        """Names of those whose parameters require gradients now."""
         self.packed_later: list[nn.Module] = []
         """4-bit layers that `keep_unpacked` keeps as they are, as long as there are adapters."""
 

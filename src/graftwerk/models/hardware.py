@@ -113,12 +113,12 @@ def _seconds(dtype: torch.dtype, kind: str, *, limit: float) -> float:
     """Return the shortest time of a few products in seconds; stop early above ``limit``."""
     try:
         a = torch.ones(SIDE.get(kind, 1024), SIDE.get(kind, 1024), dtype=dtype, device=kind)
-        return fastest(lambda: torch.mm(a, a), a.device, limit=limit)
+        return shortest_seconds(lambda: torch.mm(a, a), a.device, limit=limit)
     except (RuntimeError, TypeError, AssertionError):  # torch's ways of saying that there is no such kernel or device
         return math.inf
 
 
-def fastest(call: Callable[[], object], device: torch.device, *, limit: float = math.inf) -> float:
+def shortest_seconds(call: Callable[[], object], device: torch.device, *, limit: float = math.inf) -> float:
     """Return the shortest time of a few calls in seconds, without gradients; stop early above ``limit``.
 
     Args:
@@ -141,7 +141,7 @@ def fastest(call: Callable[[], object], device: torch.device, *, limit: float = 
 
 
 def machine_key(kind: str) -> str:
-    """Return the key of what was measured here: device, torch version and thread count decide about speeds."""
+    """Return the cache key of what is measured here: speeds depend on device, torch version and thread count."""
     return f"{kind}: {device_name(kind)}, torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 

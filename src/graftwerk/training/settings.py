@@ -191,9 +191,10 @@ class TrainingSettings(Settings):
 
     @property
     def eval_batch_size(self) -> int:
-        """Rows per forward pass in evaluation; by default those that take about the memory of a micro-batch.
+        """Rows per forward pass in evaluation; ``auto``: four times the largest possible micro-batch, at most 64.
 
-        Without a backward pass no activations are kept, so that four times the rows fit.
+        Evaluation keeps no activations for a backward pass, so that more rows fit. With `per_device_train_tokens` a
+        micro-batch may hold all rows of a step.
         """
         if self.per_device_eval_batch_size != "auto":
             return self.per_device_eval_batch_size

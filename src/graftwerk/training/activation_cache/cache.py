@@ -45,7 +45,7 @@ from graftwerk.training.settings import TrainingSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROWS, MOST_TOKENS, TOKENS_TOGETHER = 64, 4096, {"cpu": 1024}
+ROWS, MOST_TOKENS, TOKENS_BY_DEVICE = 64, 4096, {"cpu": 1024}
 """Most rows, and tokens with padding, that are computed together; more are no faster on a CPU, and take more memory."""
 TRIED = 8
 """Rows that are computed with and without the cache before it is trusted."""
@@ -95,7 +95,7 @@ class ActivationCache:
         self.evaluating = False
         """True if the frozen layers are in evaluation mode while the rest trains."""
         self._modules: list[Any] = []
-        self.tokens_together = TOKENS_TOGETHER.get(processes.device.type, MOST_TOKENS)
+        self.tokens_together = TOKENS_BY_DEVICE.get(processes.device.type, MOST_TOKENS)
         self._states: Tensor | None = None
         self._on_device: DeviceStates | None = None
         self._served_dtype, self._extras = torch.float32, -1
@@ -174,7 +174,7 @@ class ActivationCache:
                 self._on_device = on_device(self._states, self.processes.device)
                 self._facts["on_device"] = self._on_device is not None
                 self._verify(step)
-                give_back()  # what computing and checking has freed, which steps could not use
+                give_back()  # what computing and checking has freed, which would stay as fragments
 
     def _draws(self, call: Callable[[], Any]) -> bool:
         """Return True if the frozen layers have dropout."""

@@ -87,13 +87,13 @@ def repeated(trace: StepTrace, before_evaluation: int, after: int | None) -> Ser
 
 
 def products_held(products: int) -> int:
-    """Return the bytes of the code that oneDNN makes for matrix products in 16 bits and keeps, the latest of it.
+    """Return the bytes of the code that oneDNN keeps for matrix products in 16 bits, the most recent ones.
 
     Args:
         products: Number of products of different shapes.
     """
     said = re.match(r"\s*[+-]?\d+", os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") or "1024")
-    return PRODUCT * min(products, max(int(said[0]), 0) if said else 0)  # as C reads a number
+    return PRODUCT * min(products, max(int(said[0]), 0) if said else 0)  # like atoi
 
 
 def held_by_libc(series: Series) -> int | None:

@@ -26,7 +26,7 @@ class Calibration:
 
     Attributes:
         process_bytes: Memory of a process beside what its allocator holds for tensors; 0 on an accelerator.
-        time_factor: Seconds of a step by those that its counts give at the probed speeds.
+        time_factor: Measured seconds of a step by the planned ones without calibration.
         runs: Number of runs that they were learnt from.
     """
 

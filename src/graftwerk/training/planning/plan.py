@@ -183,11 +183,12 @@ class Planner:
         training, changes = self.config.training, dict[str, Any]()
         if rows != training.per_device_train_batch_size:
             changes |= training.micro_batch_overrides(rows)
-        if evaluated != training.eval_batch_size:
-            changes["training.per_device_eval_batch_size"] = evaluated
         if recompute != training.gradient_checkpointing:
             changes["training.gradient_checkpointing"] = recompute
-        return RunConfig.build(self.config.model_dump(mode="json"), changes) if changes else self.config, changes
+        tree = self.config.model_dump(mode="json")
+        if evaluated < RunConfig.build(tree, changes).training.eval_batch_size:  # by default it falls with the rows
+            changes["training.per_device_eval_batch_size"] = evaluated
+        return RunConfig.build(tree, changes) if changes else self.config, changes
 
     def _peak(self, config: RunConfig) -> int:
         return self._memory(self._measured(config), config).train_peak_bytes

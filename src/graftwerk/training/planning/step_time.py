@@ -18,9 +18,9 @@ from graftwerk.training.batch_sampler import BatchSampler, micro_batches
 from graftwerk.training.settings import TrainingSettings
 
 LINEAR, ATTENTION, MOVED = 0.92, 0.23, 1.25
-"""Shares of the probed speeds that products of weights, attention, and all other operations reach in a step."""
+"""Speeds in a step by the probed ones: of products with weights, of attention, and of all other operations."""
 CALL = 19
-"""Probed calls that each operation of a step costs, whatever its size: Python, modules and autograd around it."""
+"""Overhead of an operation in a step, in probed calls: Python, modules and autograd."""
 PROBED_ELEMENTS, PROBED_CALLS = 1 << 22, 200
 SAMPLED = 200
 """Steps of the first epoch whose lengths stand for all."""
@@ -128,13 +128,13 @@ def speeds_of(dtype: torch.dtype, kind: str) -> Speeds:
 def _probed(key: str, kind: str) -> tuple[float, float]:
     """Measure bytes in a second and seconds of a call; kept in the cache folder."""
     from graftwerk.models.cache import recall, remember
-    from graftwerk.models.hardware import fastest
+    from graftwerk.models.hardware import shortest_seconds
 
     kept = recall("speeds", key)
     if isinstance(kept, list) and len(kept) == 2 and all(isinstance(value, float) and value > 0 for value in kept):
         return kept[0], kept[1]
     many, few = torch.ones(PROBED_ELEMENTS, device=kind), torch.ones(16, device=kind)
-    moved = 2 * many.nbytes / fastest(lambda: torch.nn.functional.gelu(many), many.device)
-    call = fastest(lambda: [few + few for _ in range(PROBED_CALLS)], few.device) / PROBED_CALLS
+    moved = 2 * many.nbytes / shortest_seconds(lambda: torch.nn.functional.gelu(many), many.device)
+    call = shortest_seconds(lambda: [few + few for _ in range(PROBED_CALLS)], few.device) / PROBED_CALLS
     remember("speeds", key, [moved, call])
     return moved, call

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from graftwerk.config import RunConfig
 from graftwerk.evaluation.inference import without_cache
 from graftwerk.modeling.attach import attach
-from graftwerk.training.activation_cache.cache import MOST_TOKENS, TOKENS_TOGETHER
+from graftwerk.training.activation_cache.cache import MOST_TOKENS, TOKENS_BY_DEVICE
 from graftwerk.training.planning.without_values import CacheWithoutValues, SettingWithoutValues, Unmoved, without_values
 from graftwerk.training.setup import Prepared, training_data
 
@@ -38,7 +38,7 @@ _PRODUCTS = frozenset((_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm))
 _LINEAR = frozenset((_ATEN.mm, _ATEN.addmm, _ATEN.convolution, _ATEN.convolution_backward))
 """Products that grow with the tokens; the other counted ones are attention's, and grow with rows times length^2."""
 _LOOKUPS = frozenset((_ATEN.embedding, _ATEN.index_select, _ATEN.gather, _ATEN.index))
-"""Operations that read of a table no more than they write."""
+"""Operations that read only some rows of a table."""
 
 
 def _attention(*args: Any, out_val: Any, **_: Any) -> Any:
@@ -72,9 +72,9 @@ class StepTrace:
         filling_peak: The same of the pass that fills the activation cache, and of its check; 0 without a cache.
         operations: Floating-point operations of the traced micro-batches.
         attention: Those of them that grow with the square of the length.
-        moved: Bytes that the operations of the traced micro-batches read and write, matrix products left out.
+        moved: Bytes that the operations of the traced micro-batches read and write, those in ``operations`` left out.
         update_moved: The same of the optimizer.
-        calls: Operations of the traced micro-batches that compute something.
+        calls: Operations of the traced micro-batches that allocate or write a tensor: no views.
         update_calls: Those of the optimizer.
         micro_batches: Number of traced micro-batches.
         rows: Rows of the largest of them.
@@ -253,7 +253,7 @@ def trace_step(
             retention_of(config, prepared, trainer, retained, SettingWithoutValues)
         cache = trainer.activation_cache
         cache.__class__ = CacheWithoutValues
-        cache.tokens_together = TOKENS_TOGETHER.get(kind, MOST_TOKENS)
+        cache.tokens_together = TOKENS_BY_DEVICE.get(kind, MOST_TOKENS)
         meter.restart()
         cache.open(trainer.train, validation, trainer.total_steps * trainer.rows_per_step / len(trainer.train), 0)
     cached = 0 if cache._states is None else cache._states.untyped_storage().nbytes()

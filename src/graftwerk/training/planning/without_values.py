@@ -59,7 +59,7 @@ class _RandomSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _is_random(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Return True if a call draws random numbers: attention is said to, and does only with a probability above 0."""
+    """Return True if a call draws random numbers: attention is tagged as if it did, but draws for dropout alone."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
     for place, argument in enumerate(func._schema.arguments):
@@ -70,7 +70,7 @@ def _is_random(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> boo
 
 
 class CacheWithoutValues(ActivationCache):
-    """The activation cache with hidden states that are not computed."""
+    """The activation cache on fake tensors: filled and checked for the memory that takes, with no values stored."""
 
     def _draws(self, call: Callable[[], Any]) -> bool:
         """Return True if the layers have dropout: without values two passes cannot be compared."""
