@@ -222,7 +222,7 @@ class AdapterTensors:
 
     def is_head(self, key: str) -> bool:
         """Return True if a raw key belongs to a head."""
-        return within(key, self._task_heads)
+        return bool(self._task_heads) and within(key, self._task_heads)
 
     @property
     def num_parameters(self) -> int:

@@ -52,7 +52,7 @@ def unmarked(model: PreTrainedModel) -> set[str]:
 
 def within(path: str, modules: Iterable[str]) -> bool:
     """Return whether a module, or a parameter of it, belongs to one of these modules."""
-    return bool(modules) and any(path == module or path.startswith(module + ".") for module in modules)
+    return any(path == module or path.startswith(module + ".") for module in modules)
 
 
 def _may_be_stored(model: PreTrainedModel, base: ModuleIndex, path: str, lacking: set[str]) -> bool:

@@ -103,8 +103,9 @@ def refuse_two_ways(
     """
     for path, module in (*hosts.items(), *((path, None) for path in heads)):
         # By the class of the module: a look at each adapter on it would make loading slower with every adapter.
-        here = slots_of(base[path]) is not None and path not in silent
-        if here and isinstance(base[path], AdaptedParameters) != isinstance(module, ParameterAdapters):
+        if isinstance(base[path], AdaptedParameters) == isinstance(module, ParameterAdapters):
+            continue
+        if slots_of(base[path]) is not None and path not in silent:
             raise _two_ways(path)
 
 

@@ -67,9 +67,9 @@ def open_targets(method: Method, architecture: Architecture, heads: Sequence[str
     Raises:
         ConfigError: rows would train of a table that is saved whole, or that the method adapts as a layer.
     """
-    layers = [
-        target for target in method.select_targets(architecture.candidates(method)) if not within(target.path, heads)
-    ]
+    layers = method.select_targets(architecture.candidates(method))
+    if heads:
+        layers = [target for target in layers if not within(target.path, heads)]
     rows = method.trained_rows(architecture.tables)
     if not rows:
         return layers

@@ -272,7 +272,7 @@ def most_common(values: Iterable[Any]) -> Any:
 
 def module_paths(model: nn.Module, heads: Sequence[str]) -> list[str]:
     """Return the paths of all modules that PEFT matches its targets with: saved heads are never adapted."""
-    return [path for path in base_modules(model) if path and not within(path, heads)]
+    return [path for path in base_modules(model) if path and not (heads and within(path, heads))]
 
 
 def _is_transposed(module: nn.Module) -> bool:

@@ -72,7 +72,7 @@ def restored(model: PreTrainedModel, architecture: Architecture, info: AdapterIn
         return found
     heads = head_paths(model, method, architecture)
     beside = [path for path in saved_by_letters(base_modules(model), heads) if not within(path, heads)]
-    own = {key: tensor for key, tensor in found.tensors.items() if not within(key, beside)}
+    own = {key: tensor for key, tensor in found.tensors.items() if not (beside and within(key, beside))}
     if TRAINING_FILE not in info.own["files"]:
         return Restored(method, own)
     training = read_tensors(info.folder / TRAINING_FILE, max_bytes=bound, written=info.written(TRAINING_FILE))
@@ -152,7 +152,7 @@ def check_size(model: PreTrainedModel, restored: Restored, architecture: Archite
     found = sum(
         tensor.numel()
         for key, tensor in restored.tensors.items()
-        if not within(key, heads) and START not in key and not key.endswith(INDICES)
+        if not (heads and within(key, heads)) and START not in key and not key.endswith(INDICES)
     )
     if isinstance(method, Prefix):
         chosen = method.filter_layers(architecture.attentions)
