@@ -1,10 +1,11 @@
 """QLoRA beside LoRA on SmolLM2-135M: the same rows, steps and seeds; bytes of the weights, losses, measured peaks.
 
-    python benchmarks/qlora.py [--steps 100] [--kinds none,nf4,int8] [--rows 4] [--tokens 64] [--seeds 0]
+    python benchmarks/qlora.py [--steps 100] [--kinds none,nf4,qera,int8] [--rows 4] [--tokens 64] [--seeds 0]
         [--example domain] [--json FILE]
 
 Each run has a process of its own and the run file of an example with short rows. Prints one line a run, and for each
-kind the ratio of each figure to LoRA's in full precision: mean and range over the seeds.
+kind the ratio of each figure to LoRA's in full precision: mean and range over the seeds. `qera` is nf4 with
+`init_lora_weights: qera`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def overrides(kind: str, seed: int, folder: Path, options: argparse.Namespace) -> list[str]:
     """Return what differs from the example."""
     return [
-        f"quantization={'null' if kind == 'none' else kind}",
+        f"quantization={ {'none': 'null', 'qera': 'nf4'}.get(kind, kind) }",
+        *(["method.init_lora_weights=qera"] if kind == "qera" else []),
         f"training.seed={seed}",
         f"training.max_steps={options.steps}",
         f"training.per_device_train_batch_size={options.rows}",
@@ -96,7 +98,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--kinds", default="none,nf4,int8")
+    parser.add_argument("--kinds", default="none,nf4,qera,int8")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--example", default="domain", choices=("domain", "glosses-instruction"))
     parser.add_argument("--json", type=Path, help="write the figures here")

@@ -18,7 +18,9 @@ from graftwerk.methods.base import Role, TargetModule
 from graftwerk.methods.bottleneck import Bottleneck, BottleneckNetwork
 from graftwerk.methods.ia3 import IA3
 from graftwerk.methods.lora import LoRA
+from graftwerk.methods.low_rank import init_factors
 from graftwerk.methods.pissa import pissa_init
+from graftwerk.methods.qera import qera_init
 from graftwerk.methods.registry import METHODS, SHORTHANDS, parse_method
 from graftwerk.modeling.adapted_module import adapt
 from graftwerk.modeling.adapter_slots import ModelAdapters
@@ -110,6 +112,35 @@ def test_pissa_init_is_best_low_rank_approximation() -> None:
     a, b = pissa_init(weight, 4, scale=2.0)
     u, s, vh = torch.linalg.svd(weight)
     torch.testing.assert_close(2.0 * b @ a, u[:, :4] @ torch.diag(s[:4]) @ vh[:4], atol=1e-5, rtol=1e-4)
+
+
+def test_qera_init_minimises_error_of_outputs() -> None:
+    """On inputs of these sizes no matrix of rank 3 mends more: the best is a cut decomposition of the scaled error."""
+    torch.manual_seed(0)
+    error, mean_square = torch.randn(10, 12), torch.rand(12) * torch.logspace(-4, 2, 12)
+    a, b = qera_init(error, mean_square, torch.randn(3, 12), torch.zeros(10, 3), scale=2.0)
+    left = ((error - 2.0 * b @ a) ** 2 * mean_square).sum()
+    best = (torch.linalg.svdvals(error * mean_square.sqrt())[3:] ** 2).sum()
+    assert left.item() == pytest.approx(best.item(), rel=1e-4)
+    assert left < ((error - cut_svd(error, 3)) ** 2 * mean_square).sum() / 2  # which does not know the inputs
+    torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
+
+
+def cut_svd(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, :rank] * s[:rank] @ vh[:rank]
+
+
+def test_qera_init_keeps_drawn_directions_where_there_is_no_error() -> None:
+    error, (a, b) = torch.outer(torch.ones(4), torch.arange(6.0)), init_factors(6, 4, 5, zero_b=True)
+    started_a, started_b = qera_init(error, torch.ones(6), a, b, scale=0.5)
+    torch.testing.assert_close(0.5 * started_b @ started_a, error, atol=1e-5, rtol=1e-5)
+    assert torch.equal(started_a[1:], a[1:])
+    assert not started_b[:, 1:].any()
+    for nothing, inputs in ((torch.zeros(4, 6), torch.ones(6)), (error, torch.zeros(6))):
+        started_a, started_b = qera_init(nothing, inputs, a, b, scale=0.5)
+        assert torch.equal(started_a, a)
+        assert torch.equal(started_b, b)
 
 
 def test_ia3_and_bitfit_outputs_equal_equations() -> None:
@@ -278,6 +309,7 @@ def test_learning_rate_factor_loraplus_applies_to_b_only() -> None:
         ({"name": "lora", "rnak": 3}, "did you mean"),
         ({"name": "lora", "r": 0}, "greater than or equal to 1"),
         ({"name": "lora", "use_dora": True, "init_lora_weights": "pissa"}, "exclude each other"),
+        ({"name": "lora", "use_dora": True, "init_lora_weights": "qera"}, "init_lora_weights=qera exclude each other"),
         ({"name": "lora", "target_modules": []}, "target_modules is empty"),
         ({"name": "miss", "init_weights": False}, "init_weights"),
         ({"name": "hira", "target_modules": []}, "target_modules is empty"),

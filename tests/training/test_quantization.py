@@ -12,22 +12,28 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import AutoModel, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 import graftwerk as gw
 from graftwerk.config import RunConfig
 from graftwerk.errors import AdapterError, ConfigError, GraftwerkError, ResourceError, RunInterrupted, UnsupportedError
+from graftwerk.evaluation.loading import load_adapter_for
 from graftwerk.experiments.preflight import preflight
 from graftwerk.inspection.verify import verify
+from graftwerk.methods.lora import LoRA
+from graftwerk.methods.qera import qera_init
 from graftwerk.models import load, quantization
 from graftwerk.schema import run_schema
+from graftwerk.training import qera_start
 from graftwerk.training.events import Event
+from graftwerk.training.setup import prepare
 from graftwerk.training.train import Run, train
 from tests.training.conftest import _tree
 from tests.training.test_processes import same_figures, together
 
 pytest.importorskip("bitsandbytes")
 TEXTS = ["a small animal that lives in water", "the act of giving"]
+QERA = {"name": "lora", "init_lora_weights": "qera"}
 NF4 = {"name": "nf4", "double_quant": True, "compute_type": "auto", "skip": ["layer.1.output"]}
 
 
@@ -128,9 +134,68 @@ def test_merge_and_export_of_a_quantized_base_answer_as_the_adapter(
     assert any(f"on a base in {name}" in note for note in exported["notes"])
 
 
+def test_qera_starts_nearer_to_the_full_base_and_is_stored_as_lora(run_file: Any, tmp_path: Path) -> None:
+    """With next to no learning rate the stored adapter is the start."""
+    bases = {}
+    for start in (True, "qera"):
+        method = {"name": "lora", "r": 8, "target_modules": "all-linear", "init_lora_weights": start}
+        tree = run_file(tmp_path / str(start), method=method, max_steps=1, learning_rate=1e-12)
+        run = train({**tree, "quantization": "nf4"})
+        bases[start] = load_adapter_for(run.folder).model
+    stored = json.loads((run.adapter / "adapter_config.json").read_text())
+    assert (stored["peft_type"], stored["init_lora_weights"]) == ("LORA", True)
+    assert gw.adapters(bases["qera"])["default"].method.init_lora_weights == "qera"
+    classifier = AutoModelForSequenceClassification.from_pretrained(tree["model"], num_labels=3)
+    with pytest.warns(UserWarning, match="in full precision: it mends errors of codes that are not here"):
+        gw.load(classifier, run.adapter)
+    full = AutoModel.from_pretrained(tree["model"])
+    batch = {"input_ids": torch.arange(5, 65).reshape(4, 15)}
+    with torch.no_grad():
+        wanted = full(**batch).last_hidden_state
+        apart = {start: (base.bert(**batch).last_hidden_state - wanted).norm() for start, base in bases.items()}
+    assert apart["qera"] < 0.8 * apart[True]
+
+
+def test_qera_measures_the_inputs_of_the_training_rows(
+    run_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first layer reads the embeddings, whose mean square over all tokens of the rows, unpadded, is compared."""
+    measured: list[torch.Tensor] = []
+
+    def record(error: Any, mean_square: Any, *rest: Any) -> Any:
+        measured.append(mean_square)
+        return qera_init(error, mean_square, *rest)
+
+    monkeypatch.setattr(qera_start, "qera_init", record)
+    tree = run_file(tmp_path / "run", method={**QERA, "target_modules": ["query"]}, max_steps=1)
+    run = train(tree := {**tree, "quantization": "nf4"})
+    loaded, prepared = load_adapter_for(run.folder), prepare(RunConfig.build(tree), lambda event: None)
+    with torch.no_grad():
+        read = [
+            loaded.model.bert.embeddings(torch.tensor([row.inputs["input_ids"]]))[0]
+            for row in prepared.examples["train"]
+        ]
+    torch.testing.assert_close(measured[0], (torch.cat(read) ** 2).mean(dim=0), rtol=1e-4, atol=1e-6)
+
+
+def test_resumed_run_from_qera_is_the_same_to_the_last_bit(run_file: Any, tmp_path: Path) -> None:
+    def stop(event: Event) -> None:
+        if (event.kind, event.step) == ("step", 5):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trees = [{**run_file(tmp_path / name, method=QERA), "quantization": "nf4"} for name in ("one", "two")]
+    with pytest.raises(RunInterrupted):
+        train(trees[0], listener=stop)
+    runs = [train(trees[0], resume=True), train(trees[1])]
+    files = [run.adapter / "adapter_model.safetensors" for run in runs]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
+        ({"method": QERA}, ConfigError, "starts from the errors of 4-bit weights"),
+        ({"method": QERA, "quantization": "int8"}, ConfigError, "starts from the errors of 4-bit weights"),
         ({"quantization": "nf4", "method": "full"}, ConfigError, "own weights, and `quantization: nf4`"),
         ({"quantization": "fp4"}, ConfigError, "quantization.name"),
         ({"quantization": {"name": "int8", "double_quant": True}}, ConfigError, "`double_quant` is for nf4"),
@@ -170,6 +235,14 @@ def test_quantization_without_its_package_or_with_unknown_names_raises(
     assert "graftwerk[quantized]" in str(caught.value.hint)
 
 
+def test_attach_refuses_a_start_that_needs_rows(tiny_encoder: Path) -> None:
+    bert = AutoModelForSequenceClassification.from_pretrained(tiny_encoder)
+    with pytest.raises(ConfigError, match="needs the full weights and training rows") as caught:
+        gw.attach(bert, LoRA(init_lora_weights="qera"))
+    assert "quantization: nf4" in str(caught.value.hint)
+    assert not gw.adapters(bert)
+
+
 def test_schema_takes_names_and_settings_of_a_quantization() -> None:
     validator = pytest.importorskip("jsonschema").Draft202012Validator(run_schema())
     tree = {"model": "m", "data": {"train": "rows.csv"}, "method": "lora"}
@@ -179,14 +252,14 @@ def test_schema_takes_names_and_settings_of_a_quantization() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["nf4", "int8"])
+@pytest.mark.parametrize(("name", "method"), [("nf4", "lora"), ("int8", "lora"), ("nf4", QERA)], ids=str)
 def test_launched_processes_on_a_quantized_base_train_as_one(
-    name: str, run_file: Any, tmp_path: Path, still: Path
+    name: str, method: Any, run_file: Any, tmp_path: Path, still: Path
 ) -> None:
     shared = run_file(tmp_path / "two", per_device_train_batch_size=4, per_device_eval_batch_size=4)
     alone = run_file(tmp_path / "one", per_device_train_batch_size=8, per_device_eval_batch_size=4)
     for tree in (shared, alone):
-        tree |= {"model": str(still), "quantization": name}
+        tree |= {"model": str(still), "quantization": name, "method": method}
     assert [child.wait() for child in together(lambda rank: train(shared))] == [0, 0]
     train(alone)
     same_figures(tmp_path / "one", tmp_path / "two")

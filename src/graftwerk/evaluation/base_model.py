@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from graftwerk.methods.base import Method
 from graftwerk.models.quantization import Quantization, require_bitsandbytes
 from graftwerk.tasks.base import Splits, Task
+
+if TYPE_CHECKING:
+    from graftwerk.modeling.quantize import QuantizationErrors
 
 
 def load_base(
@@ -26,6 +29,7 @@ def load_base(
     device: torch.device,
     method: Method | None,
     skipped: Collection[str] = (),
+    errors: QuantizationErrors | None = None,
 ) -> Any:
     """Load a base model with the task's head.
 
@@ -40,6 +44,7 @@ def load_base(
         device: Where weights are quantized; others stay in the machine's memory.
         method: The adapter's method, whose saved modules are not quantized, or None if it is not known.
         skipped: Further layers that are not quantized, by path; some may not exist.
+        errors: Keeps what 4 bits take from each weight, or None if nobody needs it.
 
     Returns:
         The model, in evaluation mode; if it is quantized, with samples of its full weights for its fingerprint.
@@ -68,6 +73,7 @@ def load_base(
         skip=quantization.skip,
         whole=(*saved, *skipped),
         seen=full.see,
+        errors=errors,
     )
     model = load_model(name, task, splits, dtype=dtype, revision=revision, quantizer=made, device=device)
     full.keep(model)

@@ -17,7 +17,7 @@ from graftwerk.errors import GraftwerkError
 from graftwerk.methods.base import Method
 from graftwerk.methods.learning_rates import default_learning_rates
 from graftwerk.methods.prefix_tuning import Prefix
-from graftwerk.modeling.attach import attach
+from graftwerk.modeling.attach import attach_from_tensors
 from graftwerk.models.load import is_local, load_config, model_folder
 from graftwerk.models.positions import fix_padding
 from graftwerk.tasks.base import Splits, Task
@@ -149,7 +149,7 @@ def _check_model(config: RunConfig, prepared: Prepared, model: PreTrainedModel) 
     model.float()  # in which training loads what it trains, whatever the checkpoint's type
     with torch.device("meta"):
         try:
-            attach(model, prepared.method)
+            attach_from_tensors(model, prepared.method, "default", None)
         except (NotImplementedError, RuntimeError) as error:
             if isinstance(error, GraftwerkError):
                 raise

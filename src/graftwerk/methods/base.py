@@ -229,6 +229,11 @@ class Method(Settings):
         description="modules trained and stored whole with the adapter; auto: the task head, if the model has one",
     )
 
+    @property
+    def starts_from_errors(self) -> bool:
+        """True if initial values are computed from quantization errors and training rows (LoRA's ``qera``)."""
+        return False
+
     def select_targets(self, available: Sequence[TargetModule]) -> list[TargetModule]:
         """Select the modules that this method adapts.
 

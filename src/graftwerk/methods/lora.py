@@ -10,6 +10,7 @@ Options, each from its own paper:
   learning.
 * ``use_dora``: magnitude and direction apart (see dora.py).
 * ``init_lora_weights="pissa"``: A and B start as the r largest singular directions of W (see pissa.py).
+* ``init_lora_weights="qera"``: A and B start by mending the errors of a quantized W (see qera.py).
 * ``target_parameters``: an update for each expert of a mixture-of-experts model (see lora_parameters.py).
 * ``loraplus_lr_ratio``: B learns faster than A by this factor (Hayou et al. 2024, arXiv:2402.12354).
 * ``trainable_token_indices``: single rows of the embedding train beside it (see trainable_tokens.py).
@@ -101,8 +102,10 @@ class LoRA(ParameterSelection, TokenSelection):
     )
     use_rslora: bool = Field(False, description="scale alpha/sqrt(r) in place of alpha/r")
     use_dora: bool = Field(False, description="train magnitude and direction apart (DoRA)")
-    init_lora_weights: bool | Literal["pissa"] = Field(
-        True, description="true: B zero; pissa: the largest singular directions; false: B random, no identity at start"
+    init_lora_weights: bool | Literal["pissa", "qera"] = Field(
+        True,
+        description="true: B zero; pissa: the largest singular directions; qera: what nf4 took from the outputs on "
+        "training rows; false: B random, no identity at start",
     )
     loraplus_lr_ratio: float = Field(1.0, ge=1, description="LoRA+: learning rate of B over that of A")
     rank_pattern: dict[str, Rank] = Field({}, description="rank of modules by suffix, where it differs from r")
@@ -110,13 +113,18 @@ class LoRA(ParameterSelection, TokenSelection):
 
     @model_validator(mode="after")
     def _check_combination(self) -> LoRA:
-        if self.use_dora and self.init_lora_weights == "pissa":
-            raise ValueError("use_dora and init_lora_weights=pissa exclude each other: both redefine the start")
+        start = self.init_lora_weights if isinstance(self.init_lora_weights, str) else None
+        if self.use_dora and start:
+            raise ValueError(f"use_dora and init_lora_weights={start} exclude each other: both redefine the start")
         if not self.target_modules and not self.target_parameters:
             raise ValueError("target_modules is empty: nothing would be adapted")
-        pissa = self.init_lora_weights == "pissa"
-        self.refuse_variants(use_dora=self.use_dora, lora_dropout=self.lora_dropout, pissa=pissa)
+        variants = {"use_dora": self.use_dora, "lora_dropout": self.lora_dropout, start or "": start is not None}
+        self.refuse_variants(**variants)
         return self
+
+    @property
+    def starts_from_errors(self) -> bool:
+        return self.init_lora_weights == "qera"
 
     def select_targets(self, available: Sequence[TargetModule]) -> list[TargetModule]:
         chosen = super().select_targets(available)
@@ -137,7 +145,7 @@ class LoRA(ParameterSelection, TokenSelection):
             return self.build_rows(target, module)
         rank = self.rank_at(target.path) * target.experts
         # Drawn for PiSSA too: what is drawn after it, such as a head, does not depend on how factors start.
-        a, b = init_factors(target.in_features, target.out_features, rank, zero_b=self.init_lora_weights is True)
+        a, b = init_factors(target.in_features, target.out_features, rank, zero_b=self.init_lora_weights is not False)
         if self.init_lora_weights == "pissa":
             return PiSSAModule.from_base(target, module, rank, self.scale_at(target.path), self.lora_dropout)
         return self._with_factors(target, module, a, b)

@@ -29,6 +29,7 @@ SHORTHANDS: dict[str, dict[str, Any]] = {
     "dora": {"name": "lora", "use_dora": True},
     "rslora": {"name": "lora", "use_rslora": True},
     "pissa": {"name": "lora", "init_lora_weights": "pissa"},
+    "qera": {"name": "lora", "init_lora_weights": "qera"},
     "houlsby": {"name": "bottleneck", "placement": "houlsby"},
     "pfeiffer": {"name": "bottleneck", "placement": "pfeiffer"},
     "parallel": {"name": "bottleneck", "placement": "parallel"},

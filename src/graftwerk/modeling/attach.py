@@ -60,7 +60,8 @@ def attach(model: PreTrainedModel, method: Method, name: str = "default") -> Ada
         ModelError: not a transformers model.
         UnsupportedError: the method cannot work on this architecture, or the model has adapter layers of another
             library, or 4-bit layers packed for inference; the message says why.
-        ConfigError: a target or module that the settings name does not exist, or all targets are in saved modules.
+        ConfigError: a target or module that the settings name does not exist, all targets are in saved modules, or the
+            initial values need rows (``init_lora_weights="qera"``).
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -71,6 +72,12 @@ def attach(model: PreTrainedModel, method: Method, name: str = "default") -> Ada
         >>> adapter.hosts
         ('bert.encoder.layer.0.attention.self.query', 'bert.encoder.layer.0.attention.self.value')
     """
+    if method.starts_from_errors:
+        raise ConfigError(
+            "init_lora_weights=qera needs the full weights and training rows, which attach does not have",
+            where="method.init_lora_weights",
+            hint="train a run with `quantization: nf4`; or attach with init_lora_weights=True",
+        )
     return attach_from_tensors(model, method, name, None)
 
 

@@ -41,6 +41,41 @@ Seen = Callable[[str, Tensor], None]
 """Function that is given each weight, by its name in the model, before it is quantized."""
 
 
+class QuantizationErrors:
+    """Errors that 4 bits make in the weights of a base, kept in 4 bits themselves: an eighth of their float32 bytes."""
+
+    def __init__(self) -> None:
+        self._codes: dict[str, tuple[Tensor, Any]] = {}
+
+    def keep(self, path: str, weight: Tensor, codes: Any) -> None:
+        """Keep the error of a layer that has just been quantized.
+
+        Args:
+            path: Its path.
+            weight: The full weight, (out, in).
+            codes: The same weight as bitsandbytes' `Params4bit`.
+        """
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        error = weight.float() - dequantize_4bit(codes.data, codes.quant_state).float()  # (out, in)
+        self._codes[path] = quantize_4bit(error, compress_statistics=True, quant_type="nf4")
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._codes
+
+    def take(self, path: str) -> Tensor:
+        """Return the error of a layer, (out, in) in float32, which is not kept any longer."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        codes, state = self._codes.pop(path)
+        error: Tensor = dequantize_4bit(codes, state)
+        return error
+
+    def clear(self) -> None:
+        """Forget the errors that nobody has taken."""
+        self._codes.clear()
+
+
 class _Request(BitsAndBytesConfig):  # type: ignore[misc]
     """Settings that `from_pretrained` is given, as `quantizer` takes them."""
 
@@ -52,6 +87,7 @@ class _Request(BitsAndBytesConfig):  # type: ignore[misc]
         skip: Collection[str],
         whole: Collection[str],
         seen: Seen | None,
+        errors: QuantizationErrors | None,
     ) -> None:
         super().__init__(
             load_in_4bit=name == "nf4",
@@ -61,7 +97,7 @@ class _Request(BitsAndBytesConfig):  # type: ignore[misc]
             bnb_4bit_compute_dtype=compute,
         )
         self.quant_method = _METHOD
-        self.skip, self.whole, self.seen = skip, whole, seen
+        self.skip, self.whole, self.seen, self.errors = skip, whole, seen, errors
 
     def __deepcopy__(self, memo: Any) -> _Request:
         return self  # transformers copies what it is given, and a copied listener would hear nothing
@@ -86,6 +122,7 @@ def quantizer(
     skip: Collection[str] = (),
     whole: Collection[str] = (),
     seen: Seen | None = None,
+    errors: QuantizationErrors | None = None,
 ) -> BitsAndBytesConfig:
     """Return what `from_pretrained` takes as ``quantization_config`` to quantize a base's linear layers.
 
@@ -96,8 +133,9 @@ def quantizer(
         skip: Modules whose layers stay as they are, by path or a part of it; each must match a layer.
         whole: The same, but some may match nothing: modules that adapters save whole, paths of another head.
         seen: Listener of the full weights, as they were read.
+        errors: Keeps what 4 bits take from each weight, or None if nobody needs it.
     """
-    return _Request(name, double_quant, compute, skip, whole, seen)
+    return _Request(name, double_quant, compute, skip, whole, seen, errors)
 
 
 @register_quantizer(_METHOD)
@@ -140,19 +178,25 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
 
 
 class _Quantize(ConversionOps):  # type: ignore[misc]
-    """Quantize one weight, after it was shown to the listener."""
+    """Quantize one weight, after it was shown to the listener, and keep its error if that is needed."""
 
     def __init__(self, owner: _Quantizer) -> None:
-        self.seen = owner.quantization_config.seen
+        self.seen, self.errors = owner.quantization_config.seen, owner.quantization_config.errors
         from transformers.integrations.bitsandbytes import Bnb4bitQuantize, Bnb8bitQuantize
 
         self.op = (Bnb4bitQuantize if owner.quantization_config.load_in_4bit else Bnb8bitQuantize)(owner)
 
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
+        full = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
         if self.seen is not None:
-            for name, value in input_dict.items():
-                self.seen(name, value[0] if isinstance(value, list) else value)
-        converted: dict[str, Any] = self.op.convert(input_dict, *args, **kwargs)
+            for name, weight in full.items():
+                self.seen(name, weight)
+        converted: dict[str, Any] = self.op.convert(input_dict, *args, model=model, **kwargs)
+        if self.errors is not None:
+            for name, weight in full.items():
+                path = name.rpartition(".")[0]
+                transposed = issubclass(model.get_submodule(path).source_cls, Conv1D)
+                self.errors.keep(path, weight.T if transposed else weight, converted[name])
         return converted
 
 

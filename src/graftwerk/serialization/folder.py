@@ -345,7 +345,9 @@ def _check_base(model: PreTrainedModel, info: AdapterInfo, force: bool) -> None:
             )
         check_beside(model, info)
     if differs:
-        warnings.warn(f"{differs}: its answers differ by the rounding", stacklevel=6)
+        mends = bool(info.own) and info.own["method"].get("init_lora_weights") == "qera"
+        effect = "it mends errors of codes that are not here" if mends else "its answers differ by the rounding"
+        warnings.warn(f"{differs}: {effect}", stacklevel=6)
 
 
 def _attached(model: PreTrainedModel, found: Restored, name: str, trainable: bool) -> Adapter:

@@ -243,12 +243,14 @@ class RunDriver:
         from graftwerk.serialization.base_digests import digest_of
         from graftwerk.training.base_proof import digests_before
         from graftwerk.training.head_start import refuse_checkpoint, start_head
+        from graftwerk.training.qera_start import errors_for
         from graftwerk.training.setup import load_base_and_attach
         from graftwerk.training.warm_start import warm_start
 
         settings, warm, new_head = self.settings, self.settings.training.warm_start, self.settings.training.new_head
+        self.errors = errors_for(settings, resumed=snapshot is not None)
         adapter, identity["base"] = load_base_and_attach(
-            settings, prepared, weights_dtype, dtype, self.processes.device
+            settings, prepared, weights_dtype, dtype, self.processes.device, self.errors
         )
         check_same_run(self.checkpoints, snapshot, identity, "base")
         proof = digests_before(adapter, earlier) if self.processes.is_main else {}
@@ -274,9 +276,12 @@ class RunDriver:
             The strategies against forgetting, or None if the run has none.
         """
         from graftwerk.training.manifest import run_plan
+        from graftwerk.training.qera_start import start_from_errors
         from graftwerk.training.retention.begin import retention_of
 
         with self._before_the_first_step(meter):
+            if self.errors is not None:
+                start_from_errors(trainer, self.errors)
             retention = retention_of(self.settings, prepared, trainer, meter)
         if snapshot is None:
             self.bus(Event("start", 0, **run_plan(trainer), parameters=self.manifest["parameters"]))

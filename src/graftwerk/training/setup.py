@@ -13,7 +13,7 @@ from graftwerk.data.mixture import Sampler
 from graftwerk.data.stream import StreamedRows
 from graftwerk.errors import UnsupportedError
 from graftwerk.methods.base import Method
-from graftwerk.modeling.attach import Adapter, attach
+from graftwerk.modeling.attach import Adapter, attach_from_tensors
 from graftwerk.tasks.base import Example, Splits, Task
 from graftwerk.tasks.classification import Classification
 from graftwerk.training import rng
@@ -27,6 +27,8 @@ from graftwerk.training.validation import check_settings
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+    from graftwerk.modeling.quantize import QuantizationErrors
 
 SPLITS = ("train", "validation", "test")
 
@@ -147,6 +149,7 @@ def load_base_and_attach(
     dtype: torch.dtype,
     compute: torch.dtype | None = None,
     device: torch.device | None = None,
+    errors: QuantizationErrors | None = None,
 ) -> tuple[Adapter, str]:
     """Load the base model and attach a new adapter, drawing all random values from the seed.
 
@@ -156,6 +159,7 @@ def load_base_and_attach(
         dtype: Type of the base's weights.
         compute: Compute type, or None for ``dtype``.
         device: Where a quantized base is loaded, or None for the machine's memory.
+        errors: Keeps what 4 bits take from each weight, or None if nobody needs it.
 
     Returns:
         The adapter, and the fingerprint of the base model.
@@ -177,10 +181,11 @@ def load_base_and_attach(
         compute=compute or dtype,
         device=device or torch.device("cpu"),
         method=settings.method,
+        errors=errors,
     )
     fix_padding(model, prepared.tokenizer)
     base = fingerprint(model)
-    return attach(model, prepared.method), base
+    return attach_from_tensors(model, prepared.method, "default", None), base
 
 
 def training_data(prepared: Prepared, sampler: Sampler | None = None) -> TrainingData:

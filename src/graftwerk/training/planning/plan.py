@@ -246,10 +246,11 @@ class Planner:
             beside += products_held(products)
         held = held_by_cuda(series.events) if self.device.type == "cuda" else held_by_libc(series) or 0
         evaluation = trace.evaluation_peak if evaluates else 0
-        alive = max(trace.step_peak, trace.filling_peak, evaluation)
+        codes = trace.quantizable * _codes(config.quantization, weights_dtype.itemsize)
+        errors = codes if config.method.starts_from_errors else 0  # kept until the first step, in as many bits
+        alive = max(trace.step_peak, trace.filling_peak, evaluation, errors)
         parts = {key: float(value) for key, value in vars(trace).items() if isinstance(value, int | float)}
-        if config.quantization is not None:
-            parts["weights"] -= trace.quantizable * (1 - _codes(config.quantization, weights_dtype.itemsize))
+        parts["weights"] -= trace.quantizable - codes
         evaluated = trace.evaluation_peak + trace.widest
         return {**parts, "alive": alive, "held": max(held, alive), "beside": beside, "evaluation": evaluated}
 
@@ -388,9 +389,11 @@ def _codes(quantization: Any, itemsize: int) -> float:
     """Return the bytes of a quantized weight, its share of the scales included, by those of a full one.
 
     Args:
-        quantization: ``name`` (nf4 or int8) and ``double_quant``, as in a run file.
+        quantization: ``name`` (nf4 or int8) and ``double_quant``, as in a run file, or None if it is a full one.
         itemsize: Bytes of a full weight.
     """
+    if quantization is None:
+        return 1.0
     scale = (1 / 64 + 4 / (64 * 256)) if quantization.double_quant else 4 / 64  # one for 64 weights
     return (1.0 if quantization.name == "int8" else 0.5 + scale) / itemsize
 

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from graftwerk.config import RunConfig
 from graftwerk.evaluation.inference import without_cache
-from graftwerk.modeling.attach import attach
+from graftwerk.modeling.attach import attach_from_tensors
 from graftwerk.training.activation_cache.cache import MOST_TOKENS, TOKENS_BY_DEVICE
 from graftwerk.training.planning.without_values import CacheWithoutValues, SettingWithoutValues, Unmoved, without_values
 from graftwerk.training.setup import Prepared, training_data
@@ -236,7 +236,7 @@ def trace_step(
         fix_padding(model, prepared.tokenizer)
         linear = _quantized(model, config)
         weights, loaded = sum(_storages([*model.parameters(), *model.buffers()])), meter.made
-        adapter = attach(model, prepared.method)
+        adapter = attach_from_tensors(model, prepared.method, "default", None)
         trainer = Trainer(
             adapter,
             task,

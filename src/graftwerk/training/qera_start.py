@@ -1,0 +1,128 @@
+"""The start of `init_lora_weights: qera`: training rows show which inputs matter, the kept errors what is to be mended.
+
+Errors are kept while the base is quantized (`modeling.quantize`), a pass over training rows measures the inputs of each
+adapted layer, and `methods.qera` computes the factors. Nothing of it is needed afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from graftwerk.config import RunConfig
+from graftwerk.errors import UnsupportedError
+from graftwerk.evaluation.inference import moved, without_gradients
+from graftwerk.methods.lora import LoRAModule
+from graftwerk.methods.qera import qera_init
+from graftwerk.modeling.module_index import base_modules
+from graftwerk.training import rng
+from graftwerk.training.events import Event
+from graftwerk.training.stream import EncodedStream
+from graftwerk.training.validation import StopEvaluation
+
+if TYPE_CHECKING:
+    from graftwerk.modeling.quantize import QuantizationErrors
+    from graftwerk.training.trainer import Trainer
+
+ROWS = 128
+"""Training rows whose inputs are measured."""
+
+
+def errors_for(settings: RunConfig, *, resumed: bool) -> QuantizationErrors | None:
+    """Return where the errors of a run's weights are to be kept, or None if it does not start from them.
+
+    Args:
+        settings: Settings of the run.
+        resumed: True if a checkpoint has the factors; strategies against forgetting still begin at the run's start.
+    """
+    training = settings.training
+    if not settings.method.starts_from_errors or training.warm_start is not None:
+        return None
+    if resumed and training.retain is None:
+        return None
+    from graftwerk.modeling.quantize import QuantizationErrors
+
+    return QuantizationErrors()
+
+
+@torch.no_grad()
+def start_from_errors(trainer: Trainer, errors: QuantizationErrors) -> None:
+    """Set the factors of a new LoRA to QERA's start, the same on all processes; the errors are used up.
+
+    A layer that no row reaches (a decoder's, in a task that only encodes) keeps the factors that were drawn.
+
+    Args:
+        trainer: The training, at step 0.
+        errors: What quantization took from the weights of the base.
+
+    Raises:
+        UnsupportedError: Parts of the weights are on other processes, or training rows are streamed.
+        StopEvaluation: A stop signal came.
+    """
+    adapter, processes = trainer.adapter, trainer.distributed
+    if processes.shards or isinstance(trainer.train, EncodedStream):
+        needs = "the whole model in each process" if processes.shards else "rows in memory, and these are streamed"
+        raise UnsupportedError(
+            f"init_lora_weights=qera needs {needs}", where="method.init_lora_weights", hint="init_lora_weights=true"
+        )
+    layers = {path: module for path, module in adapter.modules() if type(module) is LoRAModule and path in errors}
+    trainer.emit(Event("phase", 0, name=f"measuring the inputs of {len(layers)} quantized layers"))
+    mean_squares = measure_inputs(trainer, layers)
+    with rng.untouched(trainer.device):
+        torch.manual_seed(trainer.settings.seed)  # the same decomposition on all processes
+        for path, module in layers.items():
+            error = errors.take(path)  # (out, in)
+            if (mean_square := mean_squares.get(path)) is None:
+                continue
+            a, b = module.lora_A.weight, module.lora_B.weight
+            started = qera_init(error, mean_square.to(error.device), a, b, module.scale)
+            for factor, value in zip((a, b), started, strict=True):
+                factor.copy_(processes.sum(value if processes.is_main else torch.zeros_like(value)))
+    errors.clear()
+
+
+def measure_inputs(trainer: Trainer, layers: Mapping[str, LoRAModule]) -> dict[str, Tensor]:
+    """Return the mean squared entries, (in,), of the inputs that each layer has on the first training rows.
+
+    Each row is a batch of its own, so that no padding is counted; processes share the rows.
+
+    Args:
+        trainer: The training.
+        layers: The adapted layers' LoRA modules by path.
+    """
+    processes, model = trainer.distributed, trainer.adapter.model
+    rows = [trainer.train[row] for row in range(processes.rank, min(ROWS, len(trainer.train)), processes.world_size)]
+    modules = base_modules(model)
+    sums: dict[str, Tensor] = {}  # (in + 1,) each: squares by entry, then the number of inputs
+    for path, layer in layers.items():
+        factor = layer.lora_A.weight  # (r, in), on the layer's device
+        sums[path] = torch.zeros(factor.shape[1] + 1, device=factor.device)
+    handles = [modules[path].register_forward_pre_hook(_watch(total)) for path, total in sums.items()]
+    try:
+        with without_gradients(model, trainer.dtype):
+            for example in rows:
+                batch = trainer.task.collator.collate_training([example], trainer.tokenizer)
+                prepared = moved(trainer.task.objective.prepare(batch, model), trainer.device)
+                trainer.task.objective.forward(model, prepared)
+                if processes.world_size == 1 and trainer.stop.is_requested():  # several have to stay together
+                    raise StopEvaluation
+    finally:
+        for handle in handles:
+            handle.remove()
+    processes.barrier()  # rows of one process may take longer than those of another
+    totals = {path: processes.sum(total) for path, total in sums.items()}
+    return {path: total[:-1] / total[-1] for path, total in totals.items() if total[-1] > 0}
+
+
+def _watch(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """Return a hook that adds the squared entries of a layer's inputs, and their number, to ``total`` (in + 1,)."""
+
+    def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        x = given[0].detach().flatten(0, -2).float()  # (T, in)
+        total[:-1] += (x**2).sum(dim=0)
+        total[-1] += len(x)
+
+    return hook
