@@ -167,16 +167,35 @@ def test_plan_of_deep_model_is_carried_on_from_two_depths(
     planner = Planner(RunConfig.build(tree, {}))
     planner.architecture.num_hidden_layers = 14
     carried = planner._measured(planner.config)
-    monkeypatch.setattr("graftwerk.training.planning.plan.WHOLE", 14)
+    monkeypatch.setattr("graftwerk.training.planning.plan.DEPTHS", (7, 14))
+    planner._known.clear()
     whole = planner._measured(planner.config)
     for name in ("weights", "trained", "kept", "alive", "operations", "evaluation"):
         assert carried[name] == pytest.approx(whole[name], rel=0.01), name
 
 
+def test_plan_of_deep_checkpointed_model_has_gaps_that_grow_with_its_layers(
+    tiny_decoder: Path, glosses: Path, tmp_path: Path
+) -> None:
+    """Gradients that settle between recomputed activations: the heap grows by layer, the tensors alive hardly do."""
+    data = {"train": str(glosses), "columns": {"text": "text"}}
+    tree = {"model": str(tiny_decoder), "task": "causal", "method": "lora", "data": data, "output_dir": str(tmp_path)}
+    planner = Planner(RunConfig.build(tree, {}))
+    planner.architecture.num_hidden_layers = 20
+
+    def figures(_: Any, architecture: Any) -> dict[str, float]:
+        layers = architecture.num_hidden_layers
+        peaks = {"step_peak": 70.0 + layers, "filling_peak": 0.0, "evaluation_peak": 0.0}
+        return {**peaks, "alive": 70.0 + layers, "held": 50.0 + 13 * layers}
+
+    planner._figures = figures  # type: ignore[method-assign]
+    assert planner._measured(planner.config)["held"] == 50 + 13 * 20
+
+
 def test_plan_of_deep_model_carries_on_step_and_evaluation_apart(
     tiny_decoder: Path, glosses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At two and three layers the evaluation of a 7B model took the most, at 32 its steps do."""
+    """At few layers the evaluation of a 7B model takes the most, at 32 its steps do."""
     data = {"train": str(glosses), "columns": {"text": "text"}, "validation": 4}
     tree = {"model": str(tiny_decoder), "task": "causal", "method": "lora", "data": data, "output_dir": str(tmp_path)}
     planner = Planner(RunConfig.build(tree, {}))

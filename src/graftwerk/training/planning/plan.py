@@ -35,10 +35,8 @@ from graftwerk.training.run_dir import RunDir
 from graftwerk.training.setup import Prepared, prepare, with_initial_text
 from graftwerk.training.warm_start import warm_labels
 
-WHOLE = 6
-"""Layers up to which a model is traced as a whole."""
-DEPTHS = (2, 3)
-"""Depths at which deeper models are traced, above the number of chosen top layers."""
+DEPTHS = (4, 8)
+"""Depths at which deep models are traced, above the number of chosen top layers; others are traced as a whole."""
 _TOP = re.compile(r"top-(\d+)")
 
 
@@ -116,12 +114,8 @@ class Planner:
         Returns:
             ``memory`` (`Memory`), ``time`` (``step_seconds`` of a mean step, ``epoch_seconds``, ``training_seconds``
             with the evaluations), ``adapter_bytes``, ``available_bytes`` (None if the machine does not say), ``fits``
-            and ``largest_batch`` (None as well, and where memory
-            does not grow with the rows), ``processes``, ``calibration`` (`Calibration`), and ``traced``
-            (``rows`` of a micro-batch and ``tokens`` of its longest row).
-
-        Raises:
-            ConfigError, UnsupportedError: The method does not suit the model.
+            and ``largest_batch`` (None too, and where memory does not grow with the rows), ``processes``,
+            ``calibration`` (`Calibration`), ``traced`` (``rows`` of a micro-batch, ``tokens`` of its longest row).
         """
         config = self.config if config is None else config.anchored()
         found, free = self._measured(config), self.available()
@@ -204,7 +198,7 @@ class Planner:
         depth, chosen = int(self.architecture.num_hidden_layers), getattr(config.method, "layers", None)
         top = _TOP.fullmatch(chosen) if isinstance(chosen, str) else None
         low, high = (layers + (int(top[1]) if top else 0) for layers in DEPTHS)
-        if depth <= max(WHOLE, high) or (chosen is not None and top is None):
+        if depth <= high or (chosen is not None and top is None):
             return self._figures(config, self.architecture)
         lower, higher = (self._figures(config, shallower(self.architecture, layers)) for layers in (low, high))
         factor = (depth - low) / (high - low)
@@ -212,8 +206,9 @@ class Planner:
         # The peak of a few layers may be that of an evaluation, and the peak of many that of a step.
         evaluated = carried["evaluation_peak"] if self.prepared.examples["validation"] else 0
         alive = max(carried["step_peak"], carried["filling_peak"], evaluated)
-        # Gaps between blocks are no sum over layers: they keep their share. Nor do sums of rows depend on depth.
-        return {**carried, "alive": alive, "held": alive * higher["held"] / max(higher["alive"], 1)}
+        # Gaps between blocks keep their share, or grow with the layers, where gradients stay between freed activations.
+        held = max(carried["held"], alive * higher["held"] / max(higher["alive"], 1))
+        return {**carried, "alive": alive, "held": held}
 
     def _figures(self, config: RunConfig, architecture: Any) -> dict[str, float]:
         from graftwerk.evaluation.inference import batches_of
