@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftwerk.methods.base import ATTENTION_ROLES, AdapterModule, Role, TargetModule
+from graftwerk.methods.base import ATTENTION_ROLES, AdapterModule, Role, SmallModule, TargetModule
 from graftwerk.methods.dropout import DropoutGroup, InputDropout
 
 
-class Factor(nn.Module):
+class Factor(SmallModule):
     """One matrix, named ``weight`` as in PEFT's files (``lora_A.weight``); any shape."""
 
     weight: nn.Parameter
