@@ -13,6 +13,7 @@ import torch
 
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, UnsupportedError
+from graftwerk.evaluation import inference
 from graftwerk.evaluation.evaluate import evaluate
 from graftwerk.evaluation.loading import load_adapter_for
 from graftwerk.experiments.preflight import preflight
@@ -20,7 +21,8 @@ from graftwerk.exports.export import export
 from graftwerk.exports.merge import merge
 from graftwerk.models import hardware
 from graftwerk.serialization.untrusted_files import read_tensors
-from graftwerk.training import mode, setup
+from graftwerk.tasks import tokenization
+from graftwerk.training import mode, setup, step_batches
 from graftwerk.training.events import Event
 from graftwerk.training.mode import base_dtype
 from graftwerk.training.train import train
@@ -171,6 +173,13 @@ def test_merge_and_export_agree_with_a_bfloat16_base(
     assert parity["max_abs_difference"] < (1e-5 if environment == "float32" else 5e-2)
 
 
+@pytest.fixture
+def same_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pad no rows further in 16 bits: dropout draws the same masks in all types."""
+    monkeypatch.setattr(tokenization, "MULTIPLE", 1)
+
+
+@pytest.mark.usefixtures("same_lengths")
 def test_cached_hidden_states_of_a_bfloat16_base_are_near_those_of_float32(run_file: Build, tmp_path: Path) -> None:
     losses = {}
     for dtype in ("float32", "bfloat16"):
@@ -196,6 +205,7 @@ BOUND = 0.02
 """
 
 
+@pytest.mark.usefixtures("same_lengths")
 @pytest.mark.parametrize("kind", [pytest.param("encoder", marks=pytest.mark.slow), "decoder"])
 def test_losses_of_50_steps_on_a_bfloat16_base_are_near_those_of_float32(
     kind: str, run_file: Build, tiny_decoder: Path, glosses: Path, tmp_path: Path
@@ -216,3 +226,27 @@ def test_losses_of_50_steps_on_a_bfloat16_base_are_near_those_of_float32(
     assert not np.array_equal(ours, plain)
     assert np.abs(ours - plain).max() / plain[0] < BOUND
     assert np.abs(ours / plain - 1).mean() < BOUND / 2
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_lengths_in_16_bits_are_padded_to_few(
+    compute: str, run_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of training and of evaluation: a CPU compiles and keeps code for each."""
+    widths: dict[str, set[int]] = {"training": set(), "evaluation": set()}
+
+    def record(kind: str, move: Any) -> Any:
+        def moved(batch: Any, *rest: Any) -> Any:
+            widths[kind].add(batch["input_ids"].shape[1])
+            return move(batch, *rest)
+
+        return moved
+
+    monkeypatch.setattr(step_batches, "moved", record("training", step_batches.moved))
+    monkeypatch.setattr(inference, "to_device", record("evaluation", inference.to_device))
+    tree = run_file(tmp_path / "run", per_device_train_batch_size=2, per_device_eval_batch_size=2, compute_type=compute)
+    tree["data"]["max_length"] = 21
+    train(tree)
+    for kind, found in widths.items():
+        assert max(found) == 21, kind
+        assert (found <= {8, 16, 21}) == (compute == "bfloat16"), kind

@@ -43,6 +43,7 @@ from graftwerk.training.planning.step_time import (
     MOVED,
     MeanStep,
     Speeds,
+    evaluated_shapes,
     mean_step,
     shapes_of,
     speeds_of,
@@ -359,7 +360,7 @@ def test_mean_step_counts_tokens_squares_and_micro_batches_of_one_process(
 ) -> None:
     rows = [Example({"input_ids": [7] * 3}, 0)] * 12
     training = TrainingSettings(per_device_train_batch_size=micro * processes, gradient_accumulation_steps=batches)
-    mean = mean_step(rows, training, micro, processes)
+    mean = mean_step(rows, training, micro, processes, torch.float32)
     own = micro * batches
     assert mean == MeanStep(tokens=3.0 * own, squares=9.0 * own, batches=batches)
 
@@ -407,9 +408,14 @@ def test_plan_counts_16_bit_products_of_each_shape_of_a_batch(
         planner = Planner(RunConfig.build(tree), num_processes=1)
         beside[compute, steps] = planner._measured(planner.config)["beside"]
     assert traces[0].products == traces[0].evaluated_products == beside["float32", 9] == 0
-    shapes = shapes_of(planner.prepared.examples["train"], planner.config.training, 4, 1, 9)
-    assert 1 < shapes <= 9
-    once, evaluated = traces[1].products, 3 * traces[1].evaluated_products
-    assert once > evaluated / 3 > 0
-    assert beside["bfloat16", 9] == PRODUCT * min(1024, once * shapes + evaluated)
-    assert beside["bfloat16", 1] == PRODUCT * (once + evaluated)
+    examples, training = planner.prepared.examples, planner.config.training
+    exact, shapes = (
+        shapes_of(examples["train"], training, 4, 1, 9, getattr(torch, each)) for each in ("float32", "bfloat16")
+    )
+    held_out = evaluated_shapes(examples["validation"], 4, torch.bfloat16)
+    assert 1 < shapes < exact <= 9, "in 16 bits lengths are padded to fewer"
+    once, evaluated = traces[1].products, held_out * traces[1].evaluated_products
+    fixed = traces[1].fixed_products  # of the head and of the first token, the same for all lengths
+    assert once > evaluated / held_out > 0 < fixed
+    assert beside["bfloat16", 9] == PRODUCT * min(1024, once * shapes + evaluated + fixed)
+    assert beside["bfloat16", 1] == PRODUCT * (once + evaluated + fixed)

@@ -13,6 +13,7 @@ from graftwerk.errors import ModelError
 from graftwerk.methods.base_weights import all_finite
 from graftwerk.methods.placement import module_device
 from graftwerk.tasks.base import Example, Predictions, Task
+from graftwerk.tasks.tokenization import pad_further
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,11 +56,11 @@ def run_model(
     answers: list[Tensor | None] = [None] * len(examples)
     losses: list[float] = []
     weights: list[float] = []
-    done = 0
+    done, longest = 0, max((example.length for example in examples), default=0)
     with evaluation_mode(model), without_cache(model), torch.inference_mode(), autocast(model, dtype):
         for rows in batches_of(examples, batch_size):
             chosen = [examples[row] for row in rows]
-            prepared = task.objective.prepare(task.collator.collate(chosen, tokenizer), model)
+            prepared = task.objective.prepare(collated(task, chosen, tokenizer, dtype, longest), model)
             batch = to_device(prepared, model)
             with nullcontext() if serve is None else serve(chosen, batch):
                 outputs = task.objective.forward(model, batch)
@@ -83,6 +84,29 @@ def batches_of(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
     """Return the rows of each forward pass, longest first."""
     order = sorted(range(len(examples)), key=lambda row: examples[row].length, reverse=True)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def collated(
+    task: Task,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    longest: int,
+    *,
+    training: bool = False,
+) -> dict[str, Tensor]:
+    """Return examples as a batch, (B, T) each, on the host.
+
+    Args:
+        task: The task, which collates.
+        examples: At least one.
+        tokenizer: The model's tokenizer.
+        dtype: What products are computed in; in 16 bits T is rounded up (`tasks.tokenization.pad_further`).
+        longest: Tokens of the longest row of all batches.
+        training: Collate for a training step.
+    """
+    batch = (task.collator.collate_training if training else task.collator.collate)(examples, tokenizer)
+    return batch if dtype == torch.float32 else pad_further(batch, longest, tokenizer)
 
 
 def to_device(batch: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from graftwerk.errors import ConfigError, ModelError
+from graftwerk.tasks.example import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MULTIPLE = 8
+"""What lengths are rounded up to where products are in 16 bits: it fills the units that multiply matrices, and on a CPU
+oneDNN, which compiles code for each shape and keeps it (0.7 MB a product), has few shapes to keep."""
 MODEL_INPUTS = ("input_ids", "token_type_ids")
 """What is kept of a tokenizer's answer. The mask is not: `pad` makes it from positions."""
 
@@ -153,6 +157,41 @@ def pad(inputs: Sequence[dict[str, list[int]]], tokenizer: PreTrainedTokenizerBa
             batch[name][at, :length] = torch.tensor(values, dtype=torch.long, device="cpu")
     batch["attention_mask"] = mask
     return batch
+
+
+def padded_length(length: int, longest: int) -> int:
+    """Return the length that `pad_further` gives to a batch.
+
+    Args:
+        length: Tokens of the batch's longest row.
+        longest: Tokens of the longest row of all batches, which no padding goes beyond: positions may end there.
+
+    Example:
+        >>> [padded_length(length, longest=30) for length in (8, 9, 27, 35)]
+        [8, 16, 30, 35]
+    """
+    return max(length, min(-(-length // MULTIPLE) * MULTIPLE, longest))
+
+
+def pad_further(batch: Mapping[str, Tensor], longest: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """Pad a collated batch on the right to one of few lengths (`padded_length`).
+
+    Args:
+        batch: As `pad` returned it, (B, T) each, and ``labels``; those by token, (B, A), are filled up with `IGNORED`.
+        longest: Tokens of the longest row of all batches.
+        tokenizer: The tokenizer that the batch was padded with.
+
+    Returns:
+        The batch with a larger T and A.
+    """
+    longer = dict(batch)
+    for name, tensor in batch.items():
+        if tensor.dim() == 2 and not tensor.is_floating_point():  # else a label of its row, or one for each class
+            filler = {"labels": IGNORED, "attention_mask": 0}.get(name)
+            more = padded_length(tensor.shape[1], longest) - tensor.shape[1]
+            value = _filler(name, tokenizer) if filler is None else filler
+            longer[name] = torch.nn.functional.pad(tensor, (0, more), value=value)
+    return longer
 
 
 def _filler(name: str, tokenizer: PreTrainedTokenizerBase) -> int:

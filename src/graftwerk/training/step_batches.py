@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graftwerk.devices import is_out_of_memory
-from graftwerk.evaluation.inference import moved
+from graftwerk.evaluation.inference import collated, moved
 from graftwerk.tasks.base import Example, Task
 from graftwerk.tasks.packing import pack
 from graftwerk.training.batch_sampler import BatchSampler, micro_batches
@@ -56,6 +56,7 @@ class StepBatches:
         settings: Training settings.
         processes: Processes that train together.
         max_length: Tokens of a packed row.
+        dtype: Type that forward passes compute in.
     """
 
     def __init__(
@@ -67,9 +68,11 @@ class StepBatches:
         settings: TrainingSettings,
         processes: Distributed,
         max_length: int,
+        dtype: torch.dtype,
     ) -> None:
         self.model, self.task, self.tokenizer, self.sampler = model, task, tokenizer, sampler
         self.settings, self.processes, self.max_length = settings, processes, max_length
+        self.dtype = dtype
         self._next: PreparedStep | None = None
 
     def prefetch(self, rows: Sequence[int], micro_batch: int) -> None:
@@ -136,4 +139,5 @@ class StepBatches:
         """Collate examples into tensors (B, T) on the host."""
         if self.settings.packing:
             return pack(examples, self.tokenizer, self.max_length)
-        return self.task.collator.collate_training(examples, self.tokenizer)
+        longest = self.sampler.longest
+        return collated(self.task, examples, self.tokenizer, self.dtype, longest, training=True)

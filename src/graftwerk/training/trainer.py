@@ -146,7 +146,7 @@ class Trainer:
         task = weighted_task(self.settings, self.task, data.labels, data.train)  # evaluation has no class weights
         batches = StepBatches(
             self.model, task, self.tokenizer, self.batch_sampler, self.settings, self.distributed,
-            data.max_length or self.batch_sampler.longest,
+            data.max_length or self.batch_sampler.longest, self.dtype,
         )  # fmt: skip
         passes = ForwardPasses(self.activation_cache, compiled, self.dtype)
         return GradientAccumulator(batches, passes, self.parameters, self.optimizer, self.scaler, self.stop)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from graftwerk.devices import is_out_of_memory, release
 from graftwerk.errors import GraftwerkError, UnsupportedError
-from graftwerk.evaluation.inference import autocast, to_device, without_gradients
+from graftwerk.evaluation.inference import autocast, collated, to_device, without_gradients
 from graftwerk.kernels import flags
 from graftwerk.kernels.lm_head import comparable
 from graftwerk.machine import available, give_back
@@ -140,7 +140,7 @@ class ActivationCache:
         assert cut is not None
         if len(adapters(adapter.model)) > 1:
             raise UnsupportedError("there are other adapters on the model")
-        slots = Slots(splits)
+        self._slots = slots = Slots(splits)
         every = max(1, len(slots.rows) // TRIED)
         self._tried_rows = slots.rows[::every][-TRIED:]  # of all lengths
         surveyed = self._batch_of(self._tried_rows[-SURVEYED:])
@@ -170,7 +170,6 @@ class ActivationCache:
         if flags.enabled("trunk"):
             self._load_or_compute(slots, step)
             if self._states is not None:
-                self._slots = slots
                 self._on_device = on_device(self._states, self.processes.device)
                 self._facts["on_device"] = self._on_device is not None
                 self._verify(step)
@@ -280,8 +279,8 @@ class ActivationCache:
 
     def _batch_of(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Return rows as a batch on the model's device."""
-        collated = self.task.collator.collate(examples, self.tokenizer)
-        return to_device(self.task.objective.prepare(collated, self.adapter.model), self.adapter.model)
+        batch = collated(self.task, examples, self.tokenizer, self.dtype, self._slots.rows[0].length)
+        return to_device(self.task.objective.prepare(batch, self.adapter.model), self.adapter.model)
 
     def _how(self) -> dict[str, Any]:
         """Return the facts that the states depend on beside rows and model."""

@@ -29,7 +29,7 @@ from graftwerk.training.mode import base_dtype
 from graftwerk.training.num_processes import resolve_num_processes
 from graftwerk.training.planning.allocator import held_by_cuda, held_by_libc, products_held, repeated
 from graftwerk.training.planning.calibration import calibration
-from graftwerk.training.planning.step_time import LINEAR, mean_step, shapes_of, speeds_of
+from graftwerk.training.planning.step_time import LINEAR, evaluated_shapes, mean_step, shapes_of, speeds_of
 from graftwerk.training.planning.step_trace import shallower, trace_step
 from graftwerk.training.run_dir import RunDir
 from graftwerk.training.setup import Prepared, prepare, with_initial_text
@@ -211,7 +211,6 @@ class Planner:
         return {**carried, "alive": alive, "held": held}
 
     def _figures(self, config: RunConfig, architecture: Any) -> dict[str, float]:
-        from graftwerk.evaluation.inference import batches_of
         from graftwerk.models.hardware import compute_type
 
         prepared = self.prepared
@@ -235,10 +234,10 @@ class Planner:
         beside = trace.widest  # a quantized layer's weight, which lives while it is multiplied; 0 of other bases
         if self.device.type == "cpu":
             train, validation = (self.prepared.examples[split] for split in ("train", "validation"))
-            shapes = shapes_of(train, config.training, self._micro_batch(config), self.num_processes, steps)
-            evaluations = len(batches_of(validation, config.training.eval_batch_size))
-            products = trace.products * shapes + trace.evaluated_products * evaluations
-            beside += products_held(products)
+            shapes = shapes_of(train, config.training, self._micro_batch(config), self.num_processes, steps, compute)
+            evaluated = evaluated_shapes(validation, config.training.eval_batch_size, compute)
+            products = trace.products * shapes + trace.evaluated_products * evaluated
+            beside += products_held(products + trace.fixed_products)
         held = held_by_cuda(series.events) if self.device.type == "cuda" else held_by_libc(series) or 0
         evaluation = trace.evaluation_peak if evaluates else 0
         codes = trace.quantizable * _codes(config.quantization, weights_dtype.itemsize)
@@ -246,8 +245,8 @@ class Planner:
         alive = max(trace.step_peak, trace.filling_peak, evaluation, errors)
         parts = {key: float(value) for key, value in vars(trace).items() if isinstance(value, int | float)}
         parts["weights"] -= trace.quantizable - codes
-        evaluated = trace.evaluation_peak + trace.widest
-        return {**parts, "alive": alive, "held": max(held, alive), "beside": beside, "evaluation": evaluated}
+        parts |= {"alive": alive, "held": max(held, alive), "evaluation": trace.evaluation_peak + trace.widest}
+        return {**parts, "beside": beside}
 
     def _memory(self, found: Mapping[str, float], config: RunConfig) -> Memory:
         process, each = self.calibration.process_bytes, self.num_processes
@@ -305,8 +304,9 @@ class Planner:
 
         factor, train = self.calibration.time_factor, self.prepared.examples["train"]
         with self._threads_of_training():
-            speeds = speeds_of(compute_type(config.compute_type, self.device), self.device.type)
-        step = mean_step(train, config.training, self._micro_batch(config), self.num_processes)
+            compute = compute_type(config.compute_type, self.device)
+            speeds = speeds_of(compute, self.device.type)
+        step = mean_step(train, config.training, self._micro_batch(config), self.num_processes, compute)
         step_seconds = factor * step.seconds(found, speeds)
         steps, per_epoch, every = self._steps(config)
         held_out = sum(example.length for example in self.prepared.examples["validation"])

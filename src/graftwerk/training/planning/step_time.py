@@ -13,7 +13,9 @@ from functools import cache
 
 import torch
 
+from graftwerk.evaluation.inference import batches_of
 from graftwerk.tasks.base import Example
+from graftwerk.tasks.tokenization import padded_length
 from graftwerk.training.batch_sampler import BatchSampler, micro_batches
 from graftwerk.training.settings import TrainingSettings
 
@@ -72,16 +74,33 @@ class Speeds:
     call_seconds: float
 
 
-def mean_step(train: Sequence[Example], training: TrainingSettings, micro: int, num_processes: int) -> MeanStep:
-    """Return the mean of the first steps of a training."""
+def mean_step(
+    train: Sequence[Example], training: TrainingSettings, micro: int, num_processes: int, dtype: torch.dtype
+) -> MeanStep:
+    """Return the mean of the first steps of a training.
+
+    Args:
+        train: Training rows.
+        training: Training settings.
+        micro: Rows of a micro-batch of one process.
+        num_processes: Processes that share the rows of a step.
+        dtype: Type that products are computed in.
+    """
     sampled = min(_sampler(train, training).steps_per_epoch, SAMPLED)
-    shapes = list(_shapes(train, training, micro, num_processes, sampled))
+    shapes = list(_shapes(train, training, micro, num_processes, sampled, dtype))
     tokens = sum(rows * width for rows, width in shapes)
     squares = sum(rows * width**2 for rows, width in shapes)
     return MeanStep(tokens / sampled, squares / sampled, len(shapes) / sampled)
 
 
-def shapes_of(train: Sequence[Example], training: TrainingSettings, micro: int, num_processes: int, steps: int) -> int:
+def shapes_of(
+    train: Sequence[Example],
+    training: TrainingSettings,
+    micro: int,
+    num_processes: int,
+    steps: int,
+    dtype: torch.dtype,
+) -> int:
     """Return the number of different shapes (rows, length) that micro-batches have in the first steps of a training.
 
     Args:
@@ -90,12 +109,36 @@ def shapes_of(train: Sequence[Example], training: TrainingSettings, micro: int, 
         micro: Rows of a micro-batch of one process.
         num_processes: Processes that share the rows of a step.
         steps: Steps of the training.
+        dtype: Type that products are computed in.
     """
-    return len(set(_shapes(train, training, micro, num_processes, min(steps, SAMPLED))))
+    return len(set(_shapes(train, training, micro, num_processes, min(steps, SAMPLED), dtype)))
+
+
+def evaluated_shapes(examples: Sequence[Example], batch_size: int, dtype: torch.dtype) -> int:
+    """Return the number of different shapes (rows, length) that the batches of an evaluation have.
+
+    Args:
+        examples: Evaluated rows.
+        batch_size: Rows of a batch.
+        dtype: Type that products are computed in.
+    """
+    batches = [[examples[row].length for row in rows] for rows in batches_of(examples, batch_size)]
+    longest = max((lengths[0] for lengths in batches), default=0)
+    return len({(len(lengths), _width(lengths[0], longest, dtype)) for lengths in batches})
+
+
+def _width(length: int, longest: int, dtype: torch.dtype) -> int:
+    """Return the tokens of each row of a batch, as `evaluation.inference.collated` pads it."""
+    return length if dtype == torch.float32 else padded_length(length, longest)
 
 
 def _shapes(
-    train: Sequence[Example], training: TrainingSettings, micro: int, num_processes: int, steps: int
+    train: Sequence[Example],
+    training: TrainingSettings,
+    micro: int,
+    num_processes: int,
+    steps: int,
+    dtype: torch.dtype,
 ) -> Iterator[tuple[int, int]]:
     """Yield rows and length of each micro-batch of the first steps."""
     sampler, most = _sampler(train, training), training.per_device_train_tokens
@@ -103,7 +146,8 @@ def _shapes(
         micro *= training.gradient_accumulation_steps
     for step in range(steps):
         for piece in micro_batches(sampler(step), sampler.lengths, micro, tokens=most, processes=num_processes):
-            yield len(piece), max((sampler.lengths[row] for row in piece), default=0)
+            length = max((sampler.lengths[row] for row in piece), default=0)
+            yield len(piece), _width(length, sampler.longest, dtype)
 
 
 def _sampler(train: Sequence[Example], training: TrainingSettings) -> BatchSampler:

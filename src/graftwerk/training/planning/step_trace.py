@@ -34,7 +34,7 @@ from graftwerk.training.setup import Prepared, training_data
 TRACED = 2
 """Micro-batches of a step that are traced; all further ones repeat the last."""
 _ATEN: Any = torch.ops.aten
-_PRODUCTS = frozenset((_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm))
+_PRODUCTS = frozenset((_ATEN.mm, _ATEN.addmm, _ATEN.addmm_, _ATEN.bmm, _ATEN.baddbmm, _ATEN.baddbmm_))
 _LINEAR = frozenset((_ATEN.mm, _ATEN.addmm, _ATEN.convolution, _ATEN.convolution_backward))
 """Products that grow with the tokens; the other counted ones are attention's, and grow with rows times length^2."""
 _LOOKUPS = frozenset((_ATEN.embedding, _ATEN.index_select, _ATEN.gather, _ATEN.index))
@@ -83,8 +83,10 @@ class StepTrace:
         tokens: Tokens of the traced micro-batches, padding included.
         squares: Sum of rows times squared length over the traced micro-batches.
         evaluated: Operations of a token in evaluation.
-        products: Matrix products of different shapes in 16 bits that the traced micro-batches have.
+        products: Matrix products of different shapes in 16 bits that the traced micro-batches have, and that other
+            lengths have in other shapes.
         evaluated_products: Those of an evaluation batch.
+        fixed_products: Those of both whose shapes are the same for all lengths.
         setup: Number of the allocations and ends in ``events`` before the step: the model, the optimizer, the cache.
         loaded: Number of the allocations that are the model as it is loaded: those of ``events`` come first.
         events: All allocations of the set-up and a step: a size in bytes, or minus the number (from 1) of the
@@ -117,6 +119,7 @@ class StepTrace:
     evaluated: int
     products: int
     evaluated_products: int
+    fixed_products: int
     setup: int
     loaded: int
     events: array[int] = field(repr=False)
@@ -147,10 +150,10 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             count = int(formula(*args, **kwargs, out_val=made))
             self.operations += count
             self.attention += count if func._overloadpacket not in _LINEAR else 0
-            if func._overloadpacket in _PRODUCTS and made.itemsize == 2:
-                self.products.add(
-                    (func, *(tuple(each.shape) + each.stride() for each in args if isinstance(each, Tensor)))
-                )
+        if func._overloadpacket in _PRODUCTS and made.itemsize == 2:
+            self.products.add(
+                (func, *((tuple(each.shape), each.stride()) for each in args if isinstance(each, Tensor)))
+            )
         read = [each for each in tree_iter((args, kwargs)) if isinstance(each, Tensor)]
         recorded = torch._C._current_graph_task_id() != -1 or (
             torch.is_grad_enabled() and any(tensor.requires_grad for tensor in read)
@@ -213,7 +216,7 @@ def trace_step(
         UnsupportedError: The method does not support this architecture.
         ConfigError: A target matches nothing.
     """
-    from graftwerk.evaluation.inference import autocast, batches_of, evaluation_mode
+    from graftwerk.evaluation.inference import autocast, batches_of, collated, evaluation_mode
     from graftwerk.models.positions import fix_padding
     from graftwerk.training import optim
     from graftwerk.training.checkpoint import Checkpoints
@@ -265,7 +268,8 @@ def trace_step(
     held_out = held_out or [examples[row] for row in longest[:size]]
     with torch.random.fork_rng(devices=[]):
         step = trainer.gradients.batches.prepare(longest[: min(trainer.rows_per_step, TRACED * micro)], micro)
-        batch = task.objective.prepare(task.collator.collate(held_out, prepared.tokenizer), model)
+        most = max((example.length for example in validation), default=0)
+        batch = task.objective.prepare(collated(task, held_out, prepared.tokenizer, dtype, most), model)
     shapes = [next(iter(batch.values())).shape for batch in step.batches]
     step = replace(step, batches=[without_values(fake, batch) for batch in step.batches])
     batch = without_values(fake, batch)
@@ -278,12 +282,14 @@ def trace_step(
         gradient = trainer.gradients.accumulate(step)
         moved, calls, operations, attention = meter.moved, meter.calls, meter.operations, meter.attention
         optim.step_if(trainer.optimizer, gradient.finite)
-        step_peak, products = meter.peak, len(meter.products)
+        step_peak, products = meter.peak, _by_length(meter.products, shapes)
+        fixed = meter.products - products
         update_moved, update_calls = meter.moved - moved, meter.calls - calls
     handle.remove()
     del gradient
     trainer.optimizer.zero_grad()
     stepped = len(meter.events)
+    rows, width = next(iter(batch.values())).shape[:2]
     with torch.random.fork_rng(devices=[]), fake, meter, evaluation_mode(model), without_cache(model), torch.no_grad():
         meter.restart()
         with autocast(model, dtype):
@@ -292,8 +298,9 @@ def trace_step(
             if "labels" in batch:
                 task.objective.loss(outputs, batch)
         evaluation_peak, evaluated = meter.peak, meter.operations
+        evaluated_products = _by_length(meter.products, [(rows, width)])
+        fixed |= meter.products - evaluated_products
         del outputs
-    rows, width = next(iter(batch.values())).shape[:2]
     tokens = sum(shape[0] * shape[1] for shape in shapes)
     trained = sum(_storages(list(adapter.parameters())))
     return StepTrace(
@@ -319,14 +326,26 @@ def trace_step(
         tokens=tokens,
         squares=sum(shape[0] * shape[1] ** 2 for shape in shapes),
         evaluated=evaluated // (rows * width),
-        products=products,
-        evaluated_products=len(meter.products),
+        products=len(products),
+        evaluated_products=len(evaluated_products),
+        fixed_products=len(fixed),
         setup=setup,
         loaded=loaded,
         events=meter.events[:stepped],
         evaluation=meter.events[stepped:],
         recorded=bytes(meter.recorded),
     )
+
+
+def _by_length(products: set[Any], shapes: Sequence[Sequence[int]]) -> set[Any]:
+    """Return those of some products that have the tokens of a row, or of all rows, among the sizes of a factor.
+
+    Args:
+        products: Operation, sizes and strides of the factors of each.
+        shapes: B and T of each batch.
+    """
+    lengths = {size for rows, tokens in shapes for size in (tokens, rows * tokens)}
+    return {product for product in products if any(lengths.intersection(sizes) for sizes, _ in product[1:])}
 
 
 def shallower(architecture: Any, layers: int) -> Any:
