@@ -202,17 +202,23 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _check_quantization(self) -> Self:
-        """Refuse a method that trains weights which are codes, and one that starts from the errors of missing codes."""
+        """Refuse a method that trains quantized weights, and a QERA start without nf4 or without rows in memory."""
         if self.quantization is not None and self.method.kind == "weights":
             raise ValueError(
                 f"`method: {self.method.name}` trains the base's own weights, and `quantization: "
                 f"{self.quantization.name}` stores them as codes, which have no gradient; use lora, or leave "
                 f"`quantization` out"
             )
-        if self.method.starts_from_errors and (self.quantization is None or self.quantization.name != "nf4"):
-            raise ValueError(
-                "`init_lora_weights: qera` starts from the errors of 4-bit weights; give `quantization: nf4` as well"
-            )
+        if self.method.starts_from_errors:
+            if self.quantization is None or self.quantization.name != "nf4":
+                raise ValueError(
+                    "`init_lora_weights: qera` starts from the errors of 4-bit weights; give `quantization: nf4` too"
+                )
+            if self.data.streaming and self.training.warm_start is None:
+                raise ValueError(
+                    "`init_lora_weights: qera` reads rows before the first step, and `data.streaming` has none in "
+                    "memory then; leave one of them out"
+                )
         return self
 
     @model_validator(mode="after")

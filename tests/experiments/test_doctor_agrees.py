@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel
 from graftwerk.config import RunConfig
 from graftwerk.errors import GraftwerkError
 from graftwerk.experiments.preflight import preflight
-from graftwerk.methods.registry import METHODS, SHORTHANDS
+from graftwerk.methods.registry import METHODS, SHORTHANDS, parse_method
 from graftwerk.training.data_checks import raise_on_severe
 from graftwerk.training.train import train
 
@@ -139,5 +139,8 @@ def test_doctor_raises_what_train_raises(name: str, build: Any, tmp_path: Path) 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
 def test_doctor_passes_where_train_works(method: str, kind: str, build: Any) -> None:
     own = {"name": method, "num_virtual_tokens": 4} if method in ("prefix", "prompt", "ptuning") else {"name": method}
-    config = build(ASKED if kind == "decoder" else rows(), {**(DECODER if kind == "decoder" else {}), "method": own})
+    changes = {**(DECODER if kind == "decoder" else {}), "method": own}
+    if parse_method(own).starts_from_errors:
+        changes["quantization"] = "nf4"
+    config = build(ASKED if kind == "decoder" else rows(), changes)
     assert fault(lambda: doctor(config)) == fault(lambda: train(config))

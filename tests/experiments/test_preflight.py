@@ -13,7 +13,7 @@ from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, DataError, UnsupportedError
 from graftwerk.experiments.preflight import count_parameters, preflight
 from graftwerk.methods.registry import METHODS, SHORTHANDS, parse_method
-from graftwerk.modeling.attach import attach
+from graftwerk.modeling.attach import attach_from_tensors
 from graftwerk.models.load import load_config
 from graftwerk.tasks.base import Example, Splits
 from graftwerk.tasks.classification import Classification
@@ -44,7 +44,7 @@ def test_count_parameters_equals_attached_method(method: Any, kind: str, request
     config = load_config(str(folder))
     config.num_labels, config.pad_token_id = 3, 0
     torch.manual_seed(0)
-    graft = attach(task.auto_class().from_config(config), settings)
+    graft = attach_from_tensors(task.auto_class().from_config(config), settings, "default", None)
     assert counted["head"] == graft.num_head_parameters > 0
     assert counted["trained"] == graft.num_parameters + graft.num_head_parameters
     assert counted["total"] == graft.num_base_parameters

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import graftwerk.modeling.attach as gw
 from graftwerk.errors import ConfigError
 from graftwerk.kernels import flags
-from graftwerk.methods.base import Role, TargetModule
+from graftwerk.methods.base import Role, SmallModule, TargetModule
 from graftwerk.methods.bottleneck import Bottleneck, BottleneckNetwork
 from graftwerk.methods.ia3 import IA3
 from graftwerk.methods.lora import LoRA
@@ -115,20 +115,39 @@ def test_pissa_init_is_best_low_rank_approximation() -> None:
 
 
 def test_qera_init_minimises_error_of_outputs() -> None:
-    """On inputs of these sizes no matrix of rank 3 mends more: the best is a cut decomposition of the scaled error."""
+    """On inputs of these sizes no matrix of rank 3 mends more: the best is a truncated SVD of the scaled error."""
     torch.manual_seed(0)
     error, mean_square = torch.randn(10, 12), torch.rand(12) * torch.logspace(-4, 2, 12)
     a, b = qera_init(error, mean_square, torch.randn(3, 12), torch.zeros(10, 3), scale=2.0)
     left = ((error - 2.0 * b @ a) ** 2 * mean_square).sum()
     best = (torch.linalg.svdvals(error * mean_square.sqrt())[3:] ** 2).sum()
     assert left.item() == pytest.approx(best.item(), rel=1e-4)
-    assert left < ((error - cut_svd(error, 3)) ** 2 * mean_square).sum() / 2  # which does not know the inputs
+    assert left < ((error - truncated_svd(error, 3)) ** 2 * mean_square).sum() / 2  # which does not know the inputs
     torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
 
 
-def cut_svd(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+def truncated_svd(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     return u[:, :rank] * s[:rank] @ vh[:rank]
+
+
+def test_qera_init_of_a_large_layer_is_near_the_best() -> None:
+    """The decomposition of a large matrix is randomised."""
+    torch.manual_seed(0)
+    error = torch.randn(300, 400)
+    a, b = qera_init(error, torch.ones(400), torch.randn(8, 400), torch.zeros(300, 8), scale=0.5)
+    squares = torch.linalg.svdvals(error) ** 2
+    mended = squares.sum() - ((error - 0.5 * b @ a) ** 2).sum()
+    assert mended > 0.99 * squares[:8].sum()
+
+
+def test_small_module_has_the_state_of_a_module() -> None:
+    one, other, plain = SmallModule(), SmallModule(), nn.Module()
+    assert {key: type(value) for key, value in vars(one).items()} == {
+        key: type(value) for key, value in vars(plain).items()
+    }
+    shared = [key for key, value in vars(one).items() if isinstance(value, dict | set) and value is vars(other)[key]]
+    assert not shared
 
 
 def test_qera_init_keeps_drawn_directions_where_there_is_no_error() -> None:

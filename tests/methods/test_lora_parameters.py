@@ -99,7 +99,7 @@ def test_parameter_lora_init_equals_lora_per_expert() -> None:
     [
         ({"use_dora": True}, "use_dora"),
         ({"lora_dropout": 0.1}, "lora_dropout"),
-        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
     ],
 )
 def test_variant_on_parameters_raises(settings: dict[str, Any], named: str) -> None:

@@ -175,8 +175,9 @@ def test_plan_of_deep_model_is_carried_on_from_two_depths(
         assert carried[name] == pytest.approx(whole[name], rel=0.01), name
 
 
-def test_plan_of_deep_checkpointed_model_has_gaps_that_grow_with_its_layers(
-    tiny_decoder: Path, glosses: Path, tmp_path: Path
+@pytest.mark.parametrize(("errors", "held"), [(0.0, 50 + 13 * 20), (100.0, 2000)])
+def test_plan_of_deep_model_has_gaps_and_errors_that_grow_with_its_layers(
+    errors: float, held: float, tiny_decoder: Path, glosses: Path, tmp_path: Path
 ) -> None:
     """Gradients that settle between recomputed activations: the heap grows by layer, the tensors alive hardly do."""
     data = {"train": str(glosses), "columns": {"text": "text"}}
@@ -186,11 +187,12 @@ def test_plan_of_deep_checkpointed_model_has_gaps_that_grow_with_its_layers(
 
     def figures(_: Any, architecture: Any) -> dict[str, float]:
         layers = architecture.num_hidden_layers
-        peaks = {"step_peak": 70.0 + layers, "filling_peak": 0.0, "evaluation_peak": 0.0}
-        return {**peaks, "alive": 70.0 + layers, "held": 50.0 + 13 * layers}
+        peaks = {"step_peak": 70.0 + layers, "filling_peak": 0.0, "evaluation_peak": 0.0, "errors": errors * layers}
+        alive = max(70.0 + layers, errors * layers)
+        return {**peaks, "alive": alive, "held": max(alive, 50.0 + 13 * layers)}
 
     planner._figures = figures  # type: ignore[method-assign]
-    assert planner._measured(planner.config)["held"] == 50 + 13 * 20
+    assert planner._measured(planner.config)["held"] == held
 
 
 def test_plan_of_deep_model_carries_on_step_and_evaluation_apart(
@@ -205,7 +207,7 @@ def test_plan_of_deep_model_carries_on_step_and_evaluation_apart(
     def figures(architecture: Any, filling: float) -> dict[str, float]:
         step, evaluation = 10.0 + 5 * architecture.num_hidden_layers, 100.0 + architecture.num_hidden_layers
         alive = max(step, filling, evaluation)
-        peaks = {"step_peak": step, "filling_peak": filling, "evaluation_peak": evaluation}
+        peaks = {"step_peak": step, "filling_peak": filling, "evaluation_peak": evaluation, "errors": 0.0}
         return {**peaks, "alive": alive, "held": 1.5 * alive}
 
     for filled, expected in ((0.0, (170, 255)), (200.0, (200, 300))):

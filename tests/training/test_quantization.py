@@ -8,11 +8,18 @@ import signal
 import warnings
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    GPT2Config,
+)
 
 import graftwerk as gw
 from graftwerk.config import RunConfig
@@ -20,8 +27,10 @@ from graftwerk.errors import AdapterError, ConfigError, GraftwerkError, Resource
 from graftwerk.evaluation.loading import load_adapter_for
 from graftwerk.experiments.preflight import preflight
 from graftwerk.inspection.verify import verify
+from graftwerk.methods.base_weights import base_weight
 from graftwerk.methods.lora import LoRA
 from graftwerk.methods.qera import qera_init
+from graftwerk.modeling.quantize import QuantizationErrors, quantizer
 from graftwerk.models import load, quantization
 from graftwerk.schema import run_schema
 from graftwerk.training import qera_start
@@ -31,9 +40,10 @@ from graftwerk.training.train import Run, train
 from tests.training.conftest import _tree
 from tests.training.test_processes import same_figures, together
 
-pytest.importorskip("bitsandbytes")
+bitsandbytes: Any = pytest.importorskip("bitsandbytes")
 TEXTS = ["a small animal that lives in water", "the act of giving"]
 QERA = {"name": "lora", "init_lora_weights": "qera"}
+STREAMED = {"train": "rows.jsonl", "streaming": True, "validation": None}
 NF4 = {"name": "nf4", "double_quant": True, "compute_type": "auto", "skip": ["layer.1.output"]}
 
 
@@ -178,6 +188,83 @@ def test_qera_measures_the_inputs_of_the_training_rows(
     torch.testing.assert_close(measured[0], (torch.cat(read) ** 2).mean(dim=0), rtol=1e-4, atol=1e-6)
 
 
+def test_qera_takes_the_errors_of_transposed_layers_as_they_are_applied(tmp_path: Path) -> None:
+    """GPT-2 stores weights as (in, out); its adapter starts nearer to the full layers than their codes are."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 32}
+    AutoModelForCausalLM.from_config(GPT2Config(**sizes)).save_pretrained(tmp_path)
+    errors = QuantizationErrors()
+    made = quantizer("nf4", double_quant=True, compute=torch.float32, errors=errors)
+    coded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=made)
+    full = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert len(errors) == 4
+    for path in ("transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"):
+        wanted = full.get_submodule(path).weight.T - base_weight(coded.get_submodule(path))  # (out, in)
+        error = errors.take(path)
+        assert (error - wanted).norm() < 0.12 * wanted.norm()  # in 4 bits itself
+        assert path not in errors
+    errors.clear()
+    assert not len(errors)
+
+
+def test_quantization_errors_of_any_width_are_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes' CPU kernel misreads the scales of rows whose length is no multiple of 64."""
+    torch.manual_seed(0)
+    for width in (16, 48, 80, 64):
+        errors, weight = QuantizationErrors(), torch.randn(24, width)
+        decode, nothing = bitsandbytes.functional.dequantize_4bit, torch.zeros(24, width)
+        codes = SimpleNamespace(data=None, quant_state=nothing)
+        monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", lambda data, state: state)
+        errors.keep("layer", weight, codes)
+        monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", decode)
+        assert (errors.take("layer") - weight).norm() < 0.12 * weight.norm(), width
+
+
+def test_qera_without_a_quantized_layer_raises(run_file: Any, tmp_path: Path) -> None:
+    method = {**QERA, "target_modules": ["query"]}
+    tree = {**run_file(method=method), "quantization": {"name": "nf4", "skip": ["query"]}}
+    with pytest.raises(ConfigError, match="no layer that is adapted is quantized") as caught:
+        train(tree)
+    assert caught.value.hint
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "interrupted"
+    events: list[Event] = []
+    method = {**QERA, "target_modules": ["query", "key"]}
+    train(
+        {**run_file(tmp_path / "two", method=method, max_steps=1), "quantization": tree["quantization"]},
+        listener=events.append,
+    )
+    said = [event.values["text"] for event in events if event.kind == "warning"]
+    assert any("2 of 4 adapted layers are not quantized and start as LoRA does" in text for text in said)
+
+
+def test_warm_start_takes_the_place_of_qera(run_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = {**run_file(tmp_path / "one", method=QERA, max_steps=1), "quantization": "nf4"}
+    first = train(tree)
+    monkeypatch.setattr(qera_start, "start_from_errors", None)
+    tree["output_dir"], tree["training"] = str(tmp_path / "two"), {**tree["training"], "warm_start": str(first.folder)}
+    assert train(tree).manifest["status"] == "finished"
+
+
+def test_resumed_run_from_qera_with_retained_rows_measures_them_at_the_start(run_file: Any, tmp_path: Path) -> None:
+    """What is retained, and what consolidation holds on to, is the model after the start, in a resumed run as well."""
+
+    def stop(event: Event) -> None:
+        if (event.kind, event.step) == ("step", 5):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    earlier = train({**run_file(tmp_path / "earlier", max_steps=2), "quantization": "nf4"})
+    trees = []
+    for name in ("one", "two"):
+        tree = {**run_file(tmp_path / name, method=QERA, retain={"consolidation": 100.0}), "quantization": "nf4"}
+        tree["evaluation"] |= {"retained": {"earlier": {"run": str(earlier.folder)}}}
+        trees.append(tree)
+    with pytest.raises(RunInterrupted):
+        train(trees[0], listener=stop)
+    runs = [train(trees[0], resume=True), train(trees[1])]
+    files = [run.adapter / "adapter_model.safetensors" for run in runs]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_resumed_run_from_qera_is_the_same_to_the_last_bit(run_file: Any, tmp_path: Path) -> None:
     def stop(event: Event) -> None:
         if (event.kind, event.step) == ("step", 5):
@@ -196,6 +283,7 @@ def test_resumed_run_from_qera_is_the_same_to_the_last_bit(run_file: Any, tmp_pa
     [
         ({"method": QERA}, ConfigError, "starts from the errors of 4-bit weights"),
         ({"method": QERA, "quantization": "int8"}, ConfigError, "starts from the errors of 4-bit weights"),
+        ({"method": QERA, "quantization": "nf4", "data": STREAMED}, ConfigError, "reads rows before the first step"),
         ({"quantization": "nf4", "method": "full"}, ConfigError, "own weights, and `quantization: nf4`"),
         ({"quantization": "fp4"}, ConfigError, "quantization.name"),
         ({"quantization": {"name": "int8", "double_quant": True}}, ConfigError, "`double_quant` is for nf4"),

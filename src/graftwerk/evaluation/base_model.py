@@ -44,7 +44,7 @@ def load_base(
         device: Where weights are quantized; others stay in the machine's memory.
         method: The adapter's method, whose saved modules are not quantized, or None if it is not known.
         skipped: Further layers that are not quantized, by path; some may not exist.
-        errors: Keeps what 4 bits take from each weight, or None if nobody needs it.
+        errors: Collects the quantization error of each weight, or None.
 
     Returns:
         The model, in evaluation mode; if it is quantized, with samples of its full weights for its fingerprint.

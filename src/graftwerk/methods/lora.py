@@ -10,7 +10,7 @@ Options, each from its own paper:
   learning.
 * ``use_dora``: magnitude and direction apart (see dora.py).
 * ``init_lora_weights="pissa"``: A and B start as the r largest singular directions of W (see pissa.py).
-* ``init_lora_weights="qera"``: A and B start by mending the errors of a quantized W (see qera.py).
+* ``init_lora_weights="qera"``: A and B start by compensating for the error of a quantized W (see qera.py).
 * ``target_parameters``: an update for each expert of a mixture-of-experts model (see lora_parameters.py).
 * ``loraplus_lr_ratio``: B learns faster than A by this factor (Hayou et al. 2024, arXiv:2402.12354).
 * ``trainable_token_indices``: single rows of the embedding train beside it (see trainable_tokens.py).
@@ -104,8 +104,8 @@ class LoRA(ParameterSelection, TokenSelection):
     use_dora: bool = Field(False, description="train magnitude and direction apart (DoRA)")
     init_lora_weights: bool | Literal["pissa", "qera"] = Field(
         True,
-        description="true: B zero; pissa: the largest singular directions; qera: what nf4 took from the outputs on "
-        "training rows; false: B random, no identity at start",
+        description="true: B zero; pissa: the largest singular directions; qera: compensates for "
+        "the error of nf4, weighted by the inputs of training rows; false: B random, no identity at start",
     )
     loraplus_lr_ratio: float = Field(1.0, ge=1, description="LoRA+: learning rate of B over that of A")
     rank_pattern: dict[str, Rank] = Field({}, description="rank of modules by suffix, where it differs from r")
@@ -118,8 +118,8 @@ class LoRA(ParameterSelection, TokenSelection):
             raise ValueError(f"use_dora and init_lora_weights={start} exclude each other: both redefine the start")
         if not self.target_modules and not self.target_parameters:
             raise ValueError("target_modules is empty: nothing would be adapted")
-        variants = {"use_dora": self.use_dora, "lora_dropout": self.lora_dropout, start or "": start is not None}
-        self.refuse_variants(**variants)
+        variants = {"use_dora": self.use_dora, "lora_dropout": self.lora_dropout}
+        self.refuse_variants(**variants, **({f"init_lora_weights={start}": True} if start else {}))
         return self
 
     @property

@@ -11,7 +11,7 @@ says that its experts are transposed, (E, in, out), the transposed product is ad
 Parameters: E r (in + out) for each parameter.
 Trade-off: reaches the experts, where most weights of such a model are; the whole sum is formed in each forward pass,
 which takes as much memory as the parameter, and in training stays until the backward pass (gradient checkpointing forms
-it again). There is no input to drop from, hence no dropout; DoRA and PiSSA are refused as in PEFT.
+it again). There is no input to drop from, hence no dropout; DoRA, PiSSA and QERA are refused.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class ParameterSelection(LinearLayerMethod):
         """
         used = [name for name, value in variants.items() if value]
         if self.target_parameters and used:
-            raise ValueError(f"{SETTING} and {used[0]} exclude each other, as in PEFT")
+            raise ValueError(f"{SETTING} and {used[0]} exclude each other")
 
     def select_parameters(
         self, available: Sequence[TargetModule], modules: Sequence[TargetModule]

@@ -1,4 +1,4 @@
-"""QERA's start: LoRA on a quantized layer begins as the low-rank matrix that mends most of its outputs' error.
+"""QERA's start: LoRA on a quantized layer begins as the low-rank matrix that best corrects the layer's outputs.
 
 Zhang et al. 2024, "QERA: an Analytical Framework for Quantization Error Reconstruction", arXiv:2410.06040, the
 approximate solution, which takes the entries of the input as uncorrelated:
@@ -8,7 +8,7 @@ approximate solution, which takes the entries of the input as uncorrelated:
 This minimises the mean of ||(W - Q - s B A) x||^2 for such inputs. LoftQ (Li et al. 2023, arXiv:2310.08659) is the case
 D = 1, without data. Parameters: r (in + out), as LoRA; after the start it is LoRA.
 Trade-off: it starts nearer to the full model, for a pass over some rows and a singular value decomposition per layer;
-the adapter then mends the error of these codes, and adds one to a base in full precision.
+the adapter then corrects the error of these codes, and adds one to a base in full precision.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 POWER_ITERATIONS = 8
-"""Rounds of the randomised decomposition: 99.99 % of the best sum of squares where singular values hardly decay."""
+"""Rounds of the randomised decomposition: 98 % or more of the best sum of squares on Gaussian matrices up to 2,048 wide,
+whose singular values hardly decay, and nearly all of it if some inputs are larger than others."""
 
 
 def qera_init(error: Tensor, mean_square: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -28,7 +29,7 @@ def qera_init(error: Tensor, mean_square: Tensor, a: Tensor, b: Tensor, scale: f
     from torch's global generator.
 
     Args:
-        error: W - Q, (out, in): what quantization took from the weight.
+        error: W - Q, (out, in).
         mean_square: Mean of the squared entries of the layer's input, (in,).
         a: A as drawn, (r, in).
         b: B as drawn, (out, r).
@@ -43,7 +44,7 @@ def qera_init(error: Tensor, mean_square: Tensor, a: Tensor, b: Tensor, scale: f
     size = mean_square.float().sqrt()  # D, (in,)
     size = size.clamp_min(1e-6 * float(size.max()))  # inputs that are always 0 weigh nothing
     rank = min(len(a), *error.shape)
-    u, s, v = torch.svd_lowrank(error.float() * size, min(2 * rank + 8, *error.shape), niter=POWER_ITERATIONS)
+    u, s, v = torch.svd_lowrank(error.float() * size, min(4 * rank + 16, *error.shape), niter=POWER_ITERATIONS)
     found = int((s[:rank] > 1e-6 * s[0]).sum()) if s[0] > 0 else 0
     u, s, directions = u[:, :found], s[:found], v[:, :found].T / size  # (out, k), (k,), (k, in)
     lengths = directions.norm(dim=1)  # (k,)

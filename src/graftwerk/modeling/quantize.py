@@ -42,10 +42,10 @@ Seen = Callable[[str, Tensor], None]
 
 
 class QuantizationErrors:
-    """Errors that 4 bits make in the weights of a base, kept in 4 bits themselves: an eighth of their float32 bytes."""
+    """Quantization errors of a base's weights, themselves stored in nf4: an eighth of the weights' float32 bytes."""
 
     def __init__(self) -> None:
-        self._codes: dict[str, tuple[Tensor, Any]] = {}
+        self._codes: dict[str, tuple[Tensor, Any, torch.Size]] = {}
 
     def keep(self, path: str, weight: Tensor, codes: Any) -> None:
         """Keep the error of a layer that has just been quantized.
@@ -58,7 +58,9 @@ class QuantizationErrors:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
         error = weight.float() - dequantize_4bit(codes.data, codes.quant_state).float()  # (out, in)
-        self._codes[path] = quantize_4bit(error, compress_statistics=True, quant_type="nf4")
+        # In one row: bitsandbytes' CPU kernel (0.50) misreads the scales of rows whose length is no multiple of 64.
+        stored = quantize_4bit(error.reshape(1, -1), compress_statistics=True, quant_type="nf4")
+        self._codes[path] = *stored, error.shape
 
     def __contains__(self, path: str) -> bool:
         return path in self._codes
@@ -67,12 +69,15 @@ class QuantizationErrors:
         """Return the error of a layer, (out, in) in float32, which is not kept any longer."""
         from bitsandbytes.functional import dequantize_4bit
 
-        codes, state = self._codes.pop(path)
-        error: Tensor = dequantize_4bit(codes, state)
+        codes, state, shape = self._codes.pop(path)
+        error: Tensor = dequantize_4bit(codes, state).reshape(shape)
         return error
 
+    def __len__(self) -> int:
+        return len(self._codes)
+
     def clear(self) -> None:
-        """Forget the errors that nobody has taken."""
+        """Drop the remaining errors."""
         self._codes.clear()
 
 
@@ -133,7 +138,7 @@ def quantizer(
         skip: Modules whose layers stay as they are, by path or a part of it; each must match a layer.
         whole: The same, but some may match nothing: modules that adapters save whole, paths of another head.
         seen: Listener of the full weights, as they were read.
-        errors: Keeps what 4 bits take from each weight, or None if nobody needs it.
+        errors: Collects the quantization error of each weight, or None.
     """
     return _Request(name, double_quant, compute, skip, whole, seen, errors)
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from graftwerk.modeling.attach import Adapter
+    from graftwerk.modeling.quantize import QuantizationErrors
     from graftwerk.training.retained import RetainedMeter
     from graftwerk.training.retention.retention import Retention
     from graftwerk.training.setup import Prepared
@@ -86,6 +87,7 @@ class RunDriver:
         self.started_at, self.shared_cache = started_at, shared_cache
         self.stop = StopSignals(recoverable=checkpoints.recoverable)
         self.manifest: dict[str, Any] = {}
+        self.errors: QuantizationErrors | None = None
 
     def train_in_lock(self, *, resume: bool, overwrite: bool, forked: bool) -> None:
         """Lock the folder, and train unless the run is finished already.
@@ -172,13 +174,12 @@ class RunDriver:
         if self.processes.is_main:
             bus.listeners.remove(early.append)
             self._open_folder(snapshot)
-        with self._logs(snapshot, early) as log_position:
+        with self._logs(snapshot, early) as log_position, self._recording_failure(trainer):
             retention = self._begin(trainer, meter, prepared, snapshot)
-            with self._recording_failure(trainer):
-                cost = self._fit(trainer, prepared, plan, baseline, log_position)
-                cost |= {} if retention is None else {"retention": retention.cost()}
-                with self.processes.gathered(adapter.model):
-                    finish(trainer, prepared, settings, self.folder, self.manifest, cost, meter, trial=self.trial)
+            cost = self._fit(trainer, prepared, plan, baseline, log_position)
+            cost |= {} if retention is None else {"retention": retention.cost()}
+            with self.processes.gathered(adapter.model):
+                finish(trainer, prepared, settings, self.folder, self.manifest, cost, meter, trial=self.trial)
 
     def _read_rows(self, snapshot: Snapshot | None, identity: dict[str, Any]) -> tuple[Prepared, Any]:
         """Read, check and encode the rows, augmented ones included, and plan the memory of the run.
@@ -276,12 +277,9 @@ class RunDriver:
             The strategies against forgetting, or None if the run has none.
         """
         from graftwerk.training.manifest import run_plan
-        from graftwerk.training.qera_start import start_from_errors
         from graftwerk.training.retention.begin import retention_of
 
-        with self._before_the_first_step(meter):
-            if self.errors is not None:
-                start_from_errors(trainer, self.errors)
+        with self._before_the_first_step(trainer, meter):
             retention = retention_of(self.settings, prepared, trainer, meter)
         if snapshot is None:
             self.bus(Event("start", 0, **run_plan(trainer), parameters=self.manifest["parameters"]))
@@ -321,14 +319,17 @@ class RunDriver:
         return {**planned, "peak_memory_bytes": held, "first_step_seconds": first}
 
     @contextmanager
-    def _before_the_first_step(self, meter: RetainedMeter) -> Iterator[None]:
-        """Measure what is to be retained on the model as it starts, of a resumed run as well, before the block."""
+    def _before_the_first_step(self, trainer: Trainer, meter: RetainedMeter) -> Iterator[None]:
+        """Set initial values, and measure what is to be retained, of a resumed run as well, before the block."""
         from graftwerk.training import rng
+        from graftwerk.training.qera_start import start_from_errors
         from graftwerk.training.validation import StopEvaluation
 
         for text in meter.notes:
             self.bus(Event("warning", 0, text=text))
         try:
+            if self.errors is not None:
+                start_from_errors(trainer, self.errors)
             if meter.entries and not self.trial:
                 self.bus(Event("phase", 0, name="measuring what is to be retained"))
                 with rng.untouched(self.processes.device):
@@ -390,7 +391,10 @@ class RunDriver:
                 status = "diverged" if isinstance(error, DivergedError) else "interrupted"
                 content = error.as_dict() if isinstance(error, ErrorReport) else {"error": type(error).__name__}
                 if status == "diverged":  # a budget of time counts it
-                    self.manifest["cost"] = {**self.manifest["cost"], "training_seconds": trainer.clock.seconds()}
+                    self.manifest["cost"] = {
+                        **self.manifest.get("cost", {}),
+                        "training_seconds": trainer.clock.seconds(),
+                    }
                 # The first error is the one to report, not another one on top of it.
                 with contextlib.suppress(GraftwerkError, OSError):
                     self.folder.write_manifest({**self.manifest, "status": status, "error": content})

@@ -159,7 +159,7 @@ def load_base_and_attach(
         dtype: Type of the base's weights.
         compute: Compute type, or None for ``dtype``.
         device: Where a quantized base is loaded, or None for the machine's memory.
-        errors: Keeps what 4 bits take from each weight, or None if nobody needs it.
+        errors: Collects the quantization error of each weight, or None.
 
     Returns:
         The adapter, and the fingerprint of the base model.

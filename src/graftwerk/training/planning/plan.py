@@ -114,7 +114,7 @@ class Planner:
         Returns:
             ``memory`` (`Memory`), ``time`` (``step_seconds`` of a mean step, ``epoch_seconds``, ``training_seconds``
             with the evaluations), ``adapter_bytes``, ``available_bytes`` (None if the machine does not say), ``fits``
-            and ``largest_batch`` (None too, and where memory does not grow with the rows), ``processes``,
+            and ``largest_batch`` (None then, and where memory does not grow with the rows), ``processes``,
             ``calibration`` (`Calibration`), ``traced`` (``rows`` of a micro-batch, ``tokens`` of its longest row).
         """
         config = self.config if config is None else config.anchored()
@@ -154,7 +154,7 @@ class Planner:
                     overrides = [f"{key}={value}".replace("=True", "=true") for key, value in changes.items()]
                     return {"overrides": overrides, "plan": self.plan(config, largest_batch=largest_batch)}
                 smallest = self._measured(self._changed(rows[-1], size, recompute)[0])
-                if smallest["alive"] <= max(smallest["step_peak"], smallest["filling_peak"]):
+                if smallest["alive"] <= max(smallest[part] for part in ("step_peak", "filling_peak", "errors")):
                     break  # evaluation is not the peak
         return None
 
@@ -205,7 +205,7 @@ class Planner:
         carried = {key: lower[key] + factor * (higher[key] - lower[key]) for key in lower}
         # The peak of a few layers may be that of an evaluation, and the peak of many that of a step.
         evaluated = carried["evaluation_peak"] if self.prepared.examples["validation"] else 0
-        alive = max(carried["step_peak"], carried["filling_peak"], evaluated)
+        alive = max(carried["step_peak"], carried["filling_peak"], carried["errors"], evaluated)
         # Gaps between blocks keep their share, or grow with the layers, where gradients stay between freed activations.
         held = max(carried["held"], alive * higher["held"] / max(higher["alive"], 1))
         return {**carried, "alive": alive, "held": held}
@@ -246,7 +246,7 @@ class Planner:
         parts = {key: float(value) for key, value in vars(trace).items() if isinstance(value, int | float)}
         parts["weights"] -= trace.quantizable - codes
         parts |= {"alive": alive, "held": max(held, alive), "evaluation": trace.evaluation_peak + trace.widest}
-        return {**parts, "beside": beside}
+        return {**parts, "beside": beside, "errors": errors}
 
     def _memory(self, found: Mapping[str, float], config: RunConfig) -> Memory:
         process, each = self.calibration.process_bytes, self.num_processes
