@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 POWER_ITERATIONS = 8
-"""Rounds of the randomised decomposition: 98 % or more of the best sum of squares on Gaussian matrices up to 2,048 wide,
-whose singular values hardly decay, and nearly all of it if some inputs are larger than others."""
+"""Rounds of the randomised decomposition. On Gaussian matrices up to 2,048 wide, whose singular values hardly decay, it
+finds 98 % of the best sum of squares or more, and nearly all of it if some inputs are larger than others."""
 
 
 def qera_init(error: Tensor, mean_square: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
