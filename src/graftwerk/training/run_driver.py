@@ -391,10 +391,8 @@ class RunDriver:
                 status = "diverged" if isinstance(error, DivergedError) else "interrupted"
                 content = error.as_dict() if isinstance(error, ErrorReport) else {"error": type(error).__name__}
                 if status == "diverged":  # a budget of time counts it
-                    self.manifest["cost"] = {
-                        **self.manifest.get("cost", {}),
-                        "training_seconds": trainer.clock.seconds(),
-                    }
+                    cost = self.manifest.get("cost", {})
+                    self.manifest["cost"] = {**cost, "training_seconds": trainer.clock.seconds()}
                 # The first error is the one to report, not another one on top of it.
                 with contextlib.suppress(GraftwerkError, OSError):
                     self.folder.write_manifest({**self.manifest, "status": status, "error": content})
