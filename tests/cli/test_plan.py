@@ -74,7 +74,7 @@ def test_bytes_of_counts_binary_units_in_powers_of_1024() -> None:
 def figures(**changes: float) -> dict[str, float]:
     """Figures of a step of 16 rows, of 1000 bytes each."""
     parts = dict.fromkeys(("weights", "trained", "gradients", "optimizer", "cached", "kept", "evaluation"), 0.0)
-    parts["filling_peak"] = 0.0
+    parts["filling_peak"] = parts["errors"] = 0.0
     return {**parts, "held": 16e3, "beside": 0.0, "alive": 16e3, "step_peak": 16e3, "rows": 16.0, **changes}
 
 
