@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import warnings
 from importlib.metadata import PackageNotFoundError
@@ -276,6 +277,24 @@ def test_resumed_run_from_qera_is_the_same_to_the_last_bit(run_file: Any, tmp_pa
     runs = [train(trees[0], resume=True), train(trees[1])]
     files = [run.adapter / "adapter_model.safetensors" for run in runs]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_biases_of_a_4_bit_base_keep_their_precision_in_bfloat16(run_file: Any, tmp_path: Path) -> None:
+    """bitsandbytes rounds them in place, in evaluation into tensors that nothing outside of inference can use."""
+    biased = AutoModel.from_pretrained(run_file()["model"])
+    torch.manual_seed(0)
+    for name, parameter in biased.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    shutil.copytree(run_file()["model"], tmp_path / "biased")
+    biased.save_pretrained(tmp_path / "biased")
+    tree = run_file(tmp_path / "run", max_steps=2, compute_type="bfloat16")
+    run = train({**tree, "model": str(tmp_path / "biased"), "quantization": "nf4"})
+    assert verify(run)["unchanged"] is True
+    gw.merge(run, tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    wanted = biased.get_parameter("encoder.layer.0.intermediate.dense.bias")
+    assert torch.equal(merged.get_parameter("bert.encoder.layer.0.intermediate.dense.bias"), wanted)
 
 
 @pytest.mark.parametrize(

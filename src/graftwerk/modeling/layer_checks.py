@@ -35,7 +35,7 @@ _NOT_CALLED: dict[str, tuple[str, ...]] = {
 }
 """Children of a class (or of one derived from it) whose weights it reads without calling them."""
 
-_KNOWN_LINEAR = ("torch", "bitsandbytes")
+_KNOWN_LINEAR = ("torch", "bitsandbytes", "graftwerk")
 """Packages whose linear layers compute x W^T + b, quantized or not."""
 
 

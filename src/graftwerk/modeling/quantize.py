@@ -3,12 +3,13 @@
 `quantizer(...)` is passed to `from_pretrained`, which gives each weight to it as soon as it is read: the full model is
 never in memory. Afterwards the model is one that transformers has quantized itself, as far as anybody can see.
 
-Two things differ from transformers' own way, so that training and evaluation compute the same numbers for a row on
+Three things differ from transformers' own way, so that training and evaluation compute the same numbers for a row on
 every machine, whatever rows are beside it:
 
 * layers of 8 bits multiply their input with the dequantized weight. LLM.int8() rounds the input too, with scales that
   depend on the batch, and on a CPU in evaluation alone;
-* layers of 4 bits are not packed anew for AVX-512 in evaluation, which rounds to bfloat16 and has no gradients.
+* layers of 4 bits are not packed anew for AVX-512 in evaluation, which rounds to bfloat16 and has no gradients;
+* their biases keep their precision. In other compute types bitsandbytes rounds them in place.
 """
 
 from __future__ import annotations
@@ -207,19 +208,39 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
 
 def _empty_layer(layer: nn.Linear | Conv1D, config: _Request) -> nn.Linear:
     """Return bitsandbytes' layer for a linear one, on the current device."""
-    import bitsandbytes
-
     sizes = tuple(layer.weight.shape) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
     bias = layer.bias is not None
     if config.load_in_8bit:
         made: nn.Linear = int8_layer()(*sizes, bias, has_fp16_weights=False)
     else:
-        made = bitsandbytes.nn.Linear4bit(
-            *sizes, bias, config.bnb_4bit_compute_dtype, config.bnb_4bit_use_double_quant, "nf4"
-        )
+        made = nf4_layer()(*sizes, bias, config.bnb_4bit_compute_dtype, config.bnb_4bit_use_double_quant, "nf4")
         made.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     made.source_cls = type(layer)  # type: ignore[assignment]  # whether the stored weight is transposed
     return made.requires_grad_(False)
+
+
+@cache
+def nf4_layer() -> Any:
+    """Return bitsandbytes' layer of 4 bits, with a forward pass that leaves its bias as it is.
+
+    Theirs rounds the bias to the compute type in place: of the base, for good.
+    """
+    from bitsandbytes.nn import Linear4bit as Layer
+
+    class Linear4bit(Layer):  # type: ignore[misc]
+        """A frozen linear layer of 4 bits a weight and one scale for 64 of them."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            """Return W x + bias, (..., out), for x (..., in)."""
+            bias = self._parameters["bias"]
+            self._parameters["bias"] = None
+            try:
+                y: Tensor = super().forward(x)
+            finally:
+                self._parameters["bias"] = bias
+            return y if bias is None else y + bias.to(y.dtype)
+
+    return Linear4bit
 
 
 @cache
