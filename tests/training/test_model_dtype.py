@@ -250,3 +250,28 @@ def test_lengths_in_16_bits_are_padded_to_few(
     for kind, found in widths.items():
         assert max(found) == 21, kind
         assert (found <= {8, 16, 21}) == (compute == "bfloat16"), kind
+
+
+@pytest.mark.parametrize("setting", ["stream", "tokens"])
+def test_lengths_in_16_bits_stay_within_positions_and_tokens_of_a_batch(
+    setting: str, run_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streamed rows are counted with the tokens that were cut off; `per_device_train_tokens` counts padding."""
+    shapes: list[tuple[int, ...]] = []
+
+    def record(batch: Any, *rest: Any) -> Any:
+        shapes.append(tuple(batch["input_ids"].shape))
+        return moved(batch, *rest)
+
+    moved = step_batches.moved
+    monkeypatch.setattr(step_batches, "moved", record)
+    tokens = {"per_device_train_tokens": 60} if setting == "tokens" else {}
+    tree = run_file(tmp_path / "run", compute_type="bfloat16", max_steps=4, **tokens)
+    tree["data"]["max_length"] = 13
+    if setting == "stream":
+        tree["data"] |= {"streaming": True, "validation": None, "test": None, "max_train_rows": None}
+        tree["training"] |= {"eval_steps": None}
+    train(tree)
+    assert max(width for _, width in shapes) == 13
+    if setting == "tokens":
+        assert max(rows * width for rows, width in shapes) <= 60

@@ -139,5 +139,7 @@ class StepBatches:
         """Collate examples into tensors (B, T) on the host."""
         if self.settings.packing:
             return pack(examples, self.tokenizer, self.max_length)
-        longest = self.sampler.longest
+        if self.settings.per_device_train_tokens is not None:  # which bounds a micro-batch, its padding counted
+            return self.task.collator.collate_training(examples, self.tokenizer)
+        longest = min(self.sampler.longest, self.max_length)  # of streamed rows, that before they were cut is known
         return collated(self.task, examples, self.tokenizer, self.dtype, longest, training=True)

@@ -142,6 +142,8 @@ def _shapes(
 ) -> Iterator[tuple[int, int]]:
     """Yield rows and length of each micro-batch of the first steps."""
     sampler, most = _sampler(train, training), training.per_device_train_tokens
+    if training.packing or most is not None:  # not padded further
+        dtype = torch.float32
     if most is not None:  # tokens bound a micro-batch, and rows only the step
         micro *= training.gradient_accumulation_steps
     for step in range(steps):
