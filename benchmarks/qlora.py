@@ -3,7 +3,7 @@
     python benchmarks/qlora.py [--steps 100] [--kinds none,nf4,qera,int8] [--rows 4] [--tokens 64] [--seeds 0]
         [--example domain] [--json FILE]
 
-Each run has a process of its own and the run file of an example with short rows. Prints one line a run, and for each
+Each run has a process of its own and the run file of an example with short rows. Prints one line per run, and for each
 kind the ratio of each figure to LoRA's in full precision: mean and range over the seeds. `qera` is nf4 with
 `init_lora_weights: qera`.
 """

@@ -202,7 +202,7 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _check_quantization(self) -> Self:
-        """Refuse a method that trains quantized weights, and a QERA start without nf4 or without rows in memory."""
+        """Refuse a method that trains quantized weights, and QERA initialization without nf4 or with streamed rows."""
         if self.quantization is not None and self.method.kind == "weights":
             raise ValueError(
                 f"`method: {self.method.name}` trains the base's own weights, and `quantization: "
@@ -212,12 +212,12 @@ class RunConfig(Settings):
         if self.method.starts_from_errors:
             if self.quantization is None or self.quantization.name != "nf4":
                 raise ValueError(
-                    "`init_lora_weights: qera` starts from the errors of 4-bit weights; give `quantization: nf4` too"
+                    "`init_lora_weights: qera` corrects the errors of 4-bit weights; use it with `quantization: nf4`"
                 )
             if self.data.streaming and self.training.warm_start is None:
                 raise ValueError(
-                    "`init_lora_weights: qera` reads rows before the first step, and `data.streaming` has none in "
-                    "memory then; leave one of them out"
+                    "`init_lora_weights: qera` needs training rows before the first step, which `data.streaming` does "
+                    "not keep in memory; use one or the other"
                 )
         return self
 

@@ -115,14 +115,14 @@ def test_pissa_init_is_best_low_rank_approximation() -> None:
 
 
 def test_qera_init_minimises_error_of_outputs() -> None:
-    """On inputs of these sizes no matrix of rank 3 mends more: the best is a truncated SVD of the scaled error."""
+    """On inputs of these sizes no matrix of rank 3 corrects more: the best is a truncated SVD of the scaled error."""
     torch.manual_seed(0)
     error, mean_square = torch.randn(10, 12), torch.rand(12) * torch.logspace(-4, 2, 12)
     a, b = qera_init(error, mean_square, torch.randn(3, 12), torch.zeros(10, 3), scale=2.0)
     left = ((error - 2.0 * b @ a) ** 2 * mean_square).sum()
     best = (torch.linalg.svdvals(error * mean_square.sqrt())[3:] ** 2).sum()
     assert left.item() == pytest.approx(best.item(), rel=1e-4)
-    assert left < ((error - truncated_svd(error, 3)) ** 2 * mean_square).sum() / 2  # which does not know the inputs
+    assert left < ((error - truncated_svd(error, 3)) ** 2 * mean_square).sum() / 2  # which ignores the inputs
     torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
 
 
@@ -137,8 +137,8 @@ def test_qera_init_of_a_large_layer_is_near_the_best() -> None:
     error = torch.randn(300, 400)
     a, b = qera_init(error, torch.ones(400), torch.randn(8, 400), torch.zeros(300, 8), scale=0.5)
     squares = torch.linalg.svdvals(error) ** 2
-    mended = squares.sum() - ((error - 0.5 * b @ a) ** 2).sum()
-    assert mended > 0.99 * squares[:8].sum()
+    corrected = squares.sum() - ((error - 0.5 * b @ a) ** 2).sum()
+    assert corrected > 0.99 * squares[:8].sum()
 
 
 def test_small_module_has_the_state_of_a_module() -> None:

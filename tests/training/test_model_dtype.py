@@ -175,7 +175,7 @@ def test_merge_and_export_agree_with_a_bfloat16_base(
 
 @pytest.fixture
 def same_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pad no rows further in 16 bits: dropout draws the same masks in all types."""
+    """Disable the 16-bit padding so that dropout masks agree across types."""
     monkeypatch.setattr(tokenization, "MULTIPLE", 1)
 
 

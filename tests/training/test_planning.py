@@ -179,7 +179,7 @@ def test_plan_of_deep_model_is_carried_on_from_two_depths(
 def test_plan_of_deep_model_has_gaps_and_errors_that_grow_with_its_layers(
     errors: float, held: float, tiny_decoder: Path, glosses: Path, tmp_path: Path
 ) -> None:
-    """Gradients that settle between recomputed activations: the heap grows by layer, the tensors alive hardly do."""
+    """Gradients allocated between recomputed activations: the heap grows by layer, the tensors alive hardly do."""
     data = {"train": str(glosses), "columns": {"text": "text"}}
     tree = {"model": str(tiny_decoder), "task": "causal", "method": "lora", "data": data, "output_dir": str(tmp_path)}
     planner = Planner(RunConfig.build(tree, {}))
@@ -421,3 +421,12 @@ def test_plan_counts_16_bit_products_of_each_shape_of_a_batch(
     assert once > evaluated / held_out > 0 < fixed
     assert beside["bfloat16", 9] == PRODUCT * min(1024, once * shapes + evaluated + fixed)
     assert beside["bfloat16", 1] == PRODUCT * (once + evaluated + fixed)
+
+
+def test_products_of_virtual_tokens_and_targets_depend_on_the_length() -> None:
+    """16 rows of 65 tokens with 10 virtual ones, and targets of 7 tokens; a head reads one token of each row."""
+    shapes = {"prompt": (16 * 75, 384), "text": (16 * 65, 384), "target": (16 * 7, 384), "one": (16, 384)}
+    products = {name: ("mm", (shape, (384, 1)), ((384, 8), (8, 1))) for name, shape in shapes.items()}
+    batch = {"input_ids": torch.zeros(16, 65), "labels": torch.zeros(16, 7)}
+    by_length = step_trace._by_length({*products.values()}, [batch])
+    assert {name for name, product in products.items() if product in by_length} == {"prompt", "text", "target"}

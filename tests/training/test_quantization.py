@@ -157,7 +157,9 @@ def test_qera_starts_nearer_to_the_full_base_and_is_stored_as_lora(run_file: Any
     assert (stored["peft_type"], stored["init_lora_weights"]) == ("LORA", True)
     assert gw.adapters(bases["qera"])["default"].method.init_lora_weights == "qera"
     classifier = AutoModelForSequenceClassification.from_pretrained(tree["model"], num_labels=3)
-    with pytest.warns(UserWarning, match="in full precision: it mends errors of codes that are not here"):
+    with pytest.warns(
+        UserWarning, match="in full precision: it corrects quantization errors that this base does not have"
+    ):
         gw.load(classifier, run.adapter)
     full = AutoModel.from_pretrained(tree["model"])
     batch = {"input_ids": torch.arange(5, 65).reshape(4, 15)}
@@ -224,7 +226,7 @@ def test_quantization_errors_of_any_width_are_read_back(monkeypatch: pytest.Monk
 def test_qera_without_a_quantized_layer_raises(run_file: Any, tmp_path: Path) -> None:
     method = {**QERA, "target_modules": ["query"]}
     tree = {**run_file(method=method), "quantization": {"name": "nf4", "skip": ["query"]}}
-    with pytest.raises(ConfigError, match="no layer that is adapted is quantized") as caught:
+    with pytest.raises(ConfigError, match="none of the adapted layers is quantized") as caught:
         train(tree)
     assert caught.value.hint
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "interrupted"
@@ -235,7 +237,7 @@ def test_qera_without_a_quantized_layer_raises(run_file: Any, tmp_path: Path) ->
         listener=events.append,
     )
     said = [event.values["text"] for event in events if event.kind == "warning"]
-    assert any("2 of 4 adapted layers are not quantized and start as LoRA does" in text for text in said)
+    assert any("2 of 4 adapted layers are not quantized and use LoRA's default initialization" in text for text in said)
 
 
 def test_warm_start_takes_the_place_of_qera(run_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,9 +302,9 @@ def test_biases_of_a_4_bit_base_keep_their_precision_in_bfloat16(run_file: Any, 
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"method": QERA}, ConfigError, "starts from the errors of 4-bit weights"),
-        ({"method": QERA, "quantization": "int8"}, ConfigError, "starts from the errors of 4-bit weights"),
-        ({"method": QERA, "quantization": "nf4", "data": STREAMED}, ConfigError, "reads rows before the first step"),
+        ({"method": QERA}, ConfigError, "corrects the errors of 4-bit weights"),
+        ({"method": QERA, "quantization": "int8"}, ConfigError, "corrects the errors of 4-bit weights"),
+        ({"method": QERA, "quantization": "nf4", "data": STREAMED}, ConfigError, "needs training rows before"),
         ({"quantization": "nf4", "method": "full"}, ConfigError, "own weights, and `quantization: nf4`"),
         ({"quantization": "fp4"}, ConfigError, "quantization.name"),
         ({"quantization": {"name": "int8", "double_quant": True}}, ConfigError, "`double_quant` is for nf4"),

@@ -101,8 +101,8 @@ def collated(
         task: The task, which collates.
         examples: At least one.
         tokenizer: The model's tokenizer.
-        dtype: What products are computed in; in 16 bits T is rounded up (`tasks.tokenization.pad_further`).
-        longest: Tokens of the longest row of all batches.
+        dtype: Compute type; if it has 16 bits, T is rounded up (`tasks.tokenization.pad_further`).
+        longest: Length in tokens of the longest row in any batch.
         training: Collate for a training step.
     """
     batch = (task.collator.collate_training if training else task.collator.collate)(examples, tokenizer)

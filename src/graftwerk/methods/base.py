@@ -112,7 +112,7 @@ _CONTAINERS = tuple((name, type(value)) for name, value in _EMPTY.items() if isi
 
 
 class SmallModule(nn.Module):
-    """An `nn.Module` that is made in less than half the time: loading an adapter makes hundreds of them."""
+    """An `nn.Module` that takes less than half the time to construct; loading an adapter creates hundreds."""
 
     def __init__(self) -> None:
         state = self.__dict__

@@ -10,7 +10,7 @@ Options, each from its own paper:
   learning.
 * ``use_dora``: magnitude and direction apart (see dora.py).
 * ``init_lora_weights="pissa"``: A and B start as the r largest singular directions of W (see pissa.py).
-* ``init_lora_weights="qera"``: A and B start by compensating for the error of a quantized W (see qera.py).
+* ``init_lora_weights="qera"``: A and B are initialized to compensate for W's quantization error (see qera.py).
 * ``target_parameters``: an update for each expert of a mixture-of-experts model (see lora_parameters.py).
 * ``loraplus_lr_ratio``: B learns faster than A by this factor (Hayou et al. 2024, arXiv:2402.12354).
 * ``trainable_token_indices``: single rows of the embedding train beside it (see trainable_tokens.py).
@@ -115,7 +115,7 @@ class LoRA(ParameterSelection, TokenSelection):
     def _check_combination(self) -> LoRA:
         start = self.init_lora_weights if isinstance(self.init_lora_weights, str) else None
         if self.use_dora and start:
-            raise ValueError(f"use_dora and init_lora_weights={start} exclude each other: both redefine the start")
+            raise ValueError(f"use_dora and init_lora_weights={start} exclude each other: both set the initial values")
         if not self.target_modules and not self.target_parameters:
             raise ValueError("target_modules is empty: nothing would be adapted")
         variants = {"use_dora": self.use_dora, "lora_dropout": self.lora_dropout}

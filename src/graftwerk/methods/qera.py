@@ -1,4 +1,4 @@
-"""QERA's start: LoRA on a quantized layer begins as the low-rank matrix that best corrects the layer's outputs.
+"""QERA initialization: LoRA on a quantized layer starts as the low-rank matrix that best corrects the layer's outputs.
 
 Zhang et al. 2024, "QERA: an Analytical Framework for Quantization Error Reconstruction", arXiv:2410.06040, the
 approximate solution, which takes the entries of the input as uncorrelated:
@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 POWER_ITERATIONS = 8
-"""Rounds of the randomised decomposition. On Gaussian matrices up to 2,048 wide, whose singular values hardly decay, it
-finds 98 % of the best sum of squares or more, and nearly all of it if some inputs are larger than others."""
+"""Rounds of the randomised decomposition. On Gaussian matrices up to 2,048 wide, whose singular values decay slowly, it
+captures at least 98 % of the optimal energy, and nearly all of it if some inputs are larger than others."""
 
 
 def qera_init(error: Tensor, mean_square: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return QERA's start: A (r, in) and B (out, r) with scale B A nearest to the error on inputs of this size.
+    """Return QERA's A (r, in) and B (out, r), with scale B A nearest to the error for inputs with these mean squares.
 
-    Each of the r directions is divided evenly: its row of A and its column of B have the same norm. Directions in which
-    there is no error keep the rows of A and columns of B that were drawn. The decomposition is randomised and draws
-    from torch's global generator.
+    Each singular value is split evenly between A and B: a row of A and its column of B have the same norm. Directions
+    without error keep the rows of A and columns of B that were drawn. The decomposition is randomised and draws from
+    torch's global generator.
 
     Args:
         error: W - Q, (out, in).
@@ -41,12 +41,12 @@ def qera_init(error: Tensor, mean_square: Tensor, a: Tensor, b: Tensor, scale: f
         >>> bool((2 * b @ a - error).abs().max() < 1e-5)
         True
     """
-    size = mean_square.float().sqrt()  # D, (in,)
-    size = size.clamp_min(1e-6 * float(size.max()))  # inputs that are always 0 weigh nothing
+    rms = mean_square.float().sqrt()  # D, (in,)
+    rms = rms.clamp_min(1e-6 * float(rms.max()))  # inputs that are always 0 weigh nothing
     rank = min(len(a), *error.shape)
-    u, s, v = torch.svd_lowrank(error.float() * size, min(4 * rank + 16, *error.shape), niter=POWER_ITERATIONS)
+    u, s, v = torch.svd_lowrank(error.float() * rms, min(4 * rank + 16, *error.shape), niter=POWER_ITERATIONS)
     found = int((s[:rank] > 1e-6 * s[0]).sum()) if s[0] > 0 else 0
-    u, s, directions = u[:, :found], s[:found], v[:, :found].T / size  # (out, k), (k,), (k, in)
+    u, s, directions = u[:, :found], s[:found], v[:, :found].T / rms  # (out, k), (k,), (k, in)
     lengths = directions.norm(dim=1)  # (k,)
     started_a, started_b = a.detach().clone(), b.detach().clone()
     started_a[:found] = torch.sqrt(s / (scale * lengths))[:, None] * directions

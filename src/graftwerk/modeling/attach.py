@@ -61,7 +61,7 @@ def attach(model: PreTrainedModel, method: Method, name: str = "default") -> Ada
         UnsupportedError: the method cannot work on this architecture, or the model has adapter layers of another
             library, or 4-bit layers packed for inference; the message says why.
         ConfigError: a target or module that the settings name does not exist, all targets are in saved modules, or the
-            initial values need rows (``init_lora_weights="qera"``).
+            initialization needs training rows (``init_lora_weights="qera"``).
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification

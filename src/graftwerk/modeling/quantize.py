@@ -8,8 +8,8 @@ every machine, whatever rows are beside it:
 
 * layers of 8 bits multiply their input with the dequantized weight. LLM.int8() rounds the input too, with scales that
   depend on the batch, and on a CPU in evaluation alone;
-* layers of 4 bits are not packed anew for AVX-512 in evaluation, which rounds to bfloat16 and has no gradients;
-* their biases keep their precision. In other compute types bitsandbytes rounds them in place.
+* 4-bit layers are not repacked for AVX-512 in evaluation, which rounds to bfloat16 and has no gradients;
+* their biases keep their precision. bitsandbytes casts them to the compute type in place.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class QuantizationErrors:
         return path in self._codes
 
     def take(self, path: str) -> Tensor:
-        """Return the error of a layer, (out, in) in float32, which is not kept any longer."""
+        """Return the error of a layer, (out, in) in float32, and release it."""
         from bitsandbytes.functional import dequantize_4bit
 
         codes, state, shape = self._codes.pop(path)
@@ -184,7 +184,7 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
 
 
 class _Quantize(ConversionOps):  # type: ignore[misc]
-    """Quantize one weight, after it was shown to the listener, and keep its error if that is needed."""
+    """Quantize one weight, after it was shown to the listener, and store its error if requested."""
 
     def __init__(self, owner: _Quantizer) -> None:
         self.seen, self.errors = owner.quantization_config.seen, owner.quantization_config.errors
@@ -223,7 +223,7 @@ def _empty_layer(layer: nn.Linear | Conv1D, config: _Request) -> nn.Linear:
 def nf4_layer() -> Any:
     """Return bitsandbytes' layer of 4 bits, with a forward pass that leaves its bias as it is.
 
-    Theirs rounds the bias to the compute type in place: of the base, for good.
+    The original casts the bias to the compute type in place, which permanently changes the base.
     """
     from bitsandbytes.nn import Linear4bit as Layer
 

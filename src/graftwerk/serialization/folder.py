@@ -346,7 +346,11 @@ def _check_base(model: PreTrainedModel, info: AdapterInfo, force: bool) -> None:
         check_beside(model, info)
     if differs:
         mends = bool(info.own) and info.own["method"].get("init_lora_weights") == "qera"
-        effect = "it mends errors of codes that are not here" if mends else "its answers differ by the rounding"
+        effect = (
+            "it corrects quantization errors that this base does not have"
+            if mends
+            else "its answers differ by the rounding"
+        )
         warnings.warn(f"{differs}: {effect}", stacklevel=6)
 
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MULTIPLE = 8
-"""What lengths are rounded up to where products are in 16 bits: it fills the units that multiply matrices, and on a CPU
-oneDNN, which compiles code for each shape and keeps it (0.7 MB a product), has few shapes to keep."""
+"""Multiple that sequence lengths are rounded up to in 16-bit precision. It fills tensor cores, and on a CPU oneDNN,
+which compiles and caches a kernel for each shape (about 0.7 MB each), sees few shapes."""
 MODEL_INPUTS = ("input_ids", "token_type_ids")
 """What is kept of a tokenizer's answer. The mask is not: `pad` makes it from positions."""
 
@@ -164,7 +164,8 @@ def padded_length(length: int, longest: int) -> int:
 
     Args:
         length: Tokens of the batch's longest row.
-        longest: Tokens of the longest row of all batches, which no padding goes beyond: positions may end there.
+        longest: Length of the longest row in any batch; padding never exceeds it, since the model may have no further
+            positions.
 
     Example:
         >>> [padded_length(length, longest=30) for length in (8, 9, 27, 35)]
@@ -174,11 +175,11 @@ def padded_length(length: int, longest: int) -> int:
 
 
 def pad_further(batch: Mapping[str, Tensor], longest: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-    """Pad a collated batch on the right to one of few lengths (`padded_length`).
+    """Pad a collated batch on the right to a multiple of eight tokens (`padded_length`).
 
     Args:
-        batch: As `pad` returned it, (B, T) each, and ``labels``; those by token, (B, A), are filled up with `IGNORED`.
-        longest: Tokens of the longest row of all batches.
+        batch: As `pad` returned it, (B, T) each, and ``labels``; per-token labels (B, A) are padded with `IGNORED`.
+        longest: Length of the longest row in any batch.
         tokenizer: The tokenizer that the batch was padded with.
 
     Returns:
@@ -186,7 +187,7 @@ def pad_further(batch: Mapping[str, Tensor], longest: int, tokenizer: PreTrained
     """
     longer = dict(batch)
     for name, tensor in batch.items():
-        if tensor.dim() == 2 and not tensor.is_floating_point():  # else a label of its row, or one for each class
+        if tensor.dim() == 2 and not tensor.is_floating_point():  # others are labels per row or per class
             filler = {"labels": IGNORED, "attention_mask": 0}.get(name)
             more = padded_length(tensor.shape[1], longest) - tensor.shape[1]
             value = _filler(name, tokenizer) if filler is None else filler

@@ -1,7 +1,7 @@
-"""The start of `init_lora_weights: qera`: training rows show which inputs matter.
+"""QERA initialization at the start of a run: training rows show which inputs matter.
 
 Errors are collected while the base is quantized (`modeling.quantize`), a pass over training rows measures the inputs of
-each adapted layer, and `methods.qera` computes the factors. Nothing of it is needed afterwards.
+each adapted layer, and `methods.qera` computes the factors. None of this is kept.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from graftwerk.training.trainer import Trainer
 
 ROWS = 128
-"""Most training rows whose inputs are measured."""
+"""Maximum number of training rows used to measure inputs."""
 
 
 def errors_for(settings: RunConfig, *, resumed: bool) -> QuantizationErrors | None:
-    """Return where the errors of a run's weights are to be kept, or None if it does not start from them.
+    """Return a store for the quantization errors, or None if the run does not use them.
 
     Args:
         settings: Settings of the run.
@@ -51,7 +51,7 @@ def errors_for(settings: RunConfig, *, resumed: bool) -> QuantizationErrors | No
 
 @torch.no_grad()
 def start_from_errors(trainer: Trainer, errors: QuantizationErrors) -> None:
-    """Set the factors of a new LoRA to QERA's start, the same on all processes; the errors are used up.
+    """Set the factors of a new LoRA to QERA's, the same on all processes; the errors are released.
 
     A layer that no row reaches (a decoder's, in a task that only encodes) keeps the factors that were drawn.
 
@@ -62,19 +62,20 @@ def start_from_errors(trainer: Trainer, errors: QuantizationErrors) -> None:
     Raises:
         ConfigError: No adapted layer is quantized.
         DivergedError: The inputs of a layer are not finite.
-        StopEvaluation: A stop signal came.
+        StopEvaluation: A stop was requested.
     """
     adapter, processes = trainer.adapter, trainer.distributed
     low_rank = {path: module for path, module in adapter.modules() if type(module) is LoRAModule}
     layers = {path: module for path, module in low_rank.items() if path in errors}
     if not layers:
         raise ConfigError(
-            "init_lora_weights=qera has nothing to start from: no layer that is adapted is quantized",
+            "init_lora_weights=qera has nothing to correct: none of the adapted layers is quantized",
             where="method.target_modules",
             hint="quantization.skip=[], other targets, or method.init_lora_weights=true",
         )
     if others := [path for path in low_rank if path not in layers]:
-        text = f"{len(others)} of {len(low_rank)} adapted layers are not quantized and start as LoRA does: {others[0]}"
+        counts = f"{len(others)} of {len(low_rank)} adapted layers are not quantized"
+        text = f"{counts} and use LoRA's default initialization: {others[0]}"
         trainer.emit(Event("warning", 0, text=text if len(others) == 1 else f"{text} and others"))
     trainer.emit(Event("phase", 0, name=f"measuring the inputs of {len(layers)} quantized layers"))
     with rng.untouched(trainer.device):

@@ -320,7 +320,7 @@ class RunDriver:
 
     @contextmanager
     def _before_the_first_step(self, trainer: Trainer, meter: RetainedMeter) -> Iterator[None]:
-        """Set initial values, and measure what is to be retained, of a resumed run as well, before the block."""
+        """Initialize the adapter and measure the retained tasks before the block, in resumed runs too."""
         from graftwerk.training import rng
         from graftwerk.training.qera_start import start_from_errors
         from graftwerk.training.validation import StopEvaluation

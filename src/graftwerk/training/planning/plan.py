@@ -36,7 +36,7 @@ from graftwerk.training.setup import Prepared, prepare, with_initial_text
 from graftwerk.training.warm_start import warm_labels
 
 DEPTHS = (4, 8)
-"""Depths at which deep models are traced, above the number of chosen top layers; others are traced as a whole."""
+"""Depths at which deeper models are traced, counted above the chosen top layers; shallower models are traced whole."""
 _TOP = re.compile(r"top-(\d+)")
 
 
@@ -113,9 +113,12 @@ class Planner:
 
         Returns:
             ``memory`` (`Memory`), ``time`` (``step_seconds`` of a mean step, ``epoch_seconds``, ``training_seconds``
-            with the evaluations), ``adapter_bytes``, ``available_bytes`` (None if the machine does not say), ``fits``
-            and ``largest_batch`` (None then, and where memory does not grow with the rows), ``processes``,
-            ``calibration`` (`Calibration`), ``traced`` (``rows`` of a micro-batch, ``tokens`` of its longest row).
+            with the evaluations), ``adapter_bytes``, ``available_bytes`` (None if unknown), ``fits``, ``largest_batch``
+            (None also where memory does not grow with the rows), ``processes``, ``calibration`` (`Calibration`) and
+            ``traced`` (``rows`` of a micro-batch, ``tokens`` of its longest row).
+
+        Raises:
+            ConfigError, UnsupportedError: The method does not suit the model.
         """
         config = self.config if config is None else config.anchored()
         found, free = self._measured(config), self.available()
@@ -206,7 +209,7 @@ class Planner:
         # The peak of a few layers may be that of an evaluation, and the peak of many that of a step.
         evaluated = carried["evaluation_peak"] if self.prepared.examples["validation"] else 0
         alive = max(carried["step_peak"], carried["filling_peak"], carried["errors"], evaluated)
-        # Gaps between blocks keep their share, or grow with the layers, where gradients stay between freed activations.
+        # Gaps between blocks keep their share, or grow with depth where live gradients fragment the freed activations.
         held = max(carried["held"], alive * higher["held"] / max(higher["alive"], 1))
         return {**carried, "alive": alive, "held": held}
 
@@ -228,8 +231,7 @@ class Planner:
             types = {"dtype": compute, "weights_dtype": weights_dtype}
             shallow, kind = copy.deepcopy(architecture), self.device.type
             trace = trace_step(own, prepared, shallow, Path(folder) / "none", **types, kind=kind)
-        evaluates = bool(self.prepared.examples["validation"])
-        steps, _, every = self._steps(config)
+        evaluates, (steps, _, every) = bool(self.prepared.examples["validation"]), self._steps(config)
         series = repeated(trace, min(steps, every), max(0, steps - every) if evaluates else None)
         beside = trace.widest  # a quantized layer's weight, which lives while it is multiplied; 0 of other bases
         if self.device.type == "cpu":
@@ -241,7 +243,7 @@ class Planner:
         held = held_by_cuda(series.events) if self.device.type == "cuda" else held_by_libc(series) or 0
         evaluation = trace.evaluation_peak if evaluates else 0
         codes = trace.quantizable * _codes(config.quantization, weights_dtype.itemsize)
-        errors = codes if config.method.starts_from_errors else 0  # kept until the first step, in as many bits
+        errors = codes if config.method.starts_from_errors else 0  # kept until the first step, at the same bit width
         alive = max(trace.step_peak, trace.filling_peak, evaluation, errors)
         parts = {key: float(value) for key, value in vars(trace).items() if isinstance(value, int | float)}
         parts["weights"] -= trace.quantizable - codes
@@ -384,7 +386,7 @@ def _codes(quantization: Any, itemsize: int) -> float:
     """Return the bytes of a quantized weight, its share of the scales included, by those of a full one.
 
     Args:
-        quantization: ``name`` (nf4 or int8) and ``double_quant``, as in a run file, or None if it is a full one.
+        quantization: ``name`` (nf4 or int8) and ``double_quant``, as in a run file, or None for full precision.
         itemsize: Bytes of a full weight.
     """
     if quantization is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import weakref
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -83,10 +83,10 @@ class StepTrace:
         tokens: Tokens of the traced micro-batches, padding included.
         squares: Sum of rows times squared length over the traced micro-batches.
         evaluated: Operations of a token in evaluation.
-        products: Matrix products of different shapes in 16 bits that the traced micro-batches have, and that other
-            lengths have in other shapes.
+        products: Distinct matrix products in 16 bits of the traced micro-batches whose shapes depend on the sequence
+            length.
         evaluated_products: Those of an evaluation batch.
-        fixed_products: Those of both whose shapes are the same for all lengths.
+        fixed_products: Products of both whose shapes do not.
         setup: Number of the allocations and ends in ``events`` before the step: the model, the optimizer, the cache.
         loaded: Number of the allocations that are the model as it is loaded: those of ``events`` come first.
         events: All allocations of the set-up and a step: a size in bytes, or minus the number (from 1) of the
@@ -282,7 +282,7 @@ def trace_step(
         gradient = trainer.gradients.accumulate(step)
         moved, calls, operations, attention = meter.moved, meter.calls, meter.operations, meter.attention
         optim.step_if(trainer.optimizer, gradient.finite)
-        step_peak, products = meter.peak, _by_length(meter.products, shapes)
+        step_peak, products = meter.peak, _by_length(meter.products, step.batches)
         fixed = meter.products - products
         update_moved, update_calls = meter.moved - moved, meter.calls - calls
     handle.remove()
@@ -298,7 +298,7 @@ def trace_step(
             if "labels" in batch:
                 task.objective.loss(outputs, batch)
         evaluation_peak, evaluated = meter.peak, meter.operations
-        evaluated_products = _by_length(meter.products, [(rows, width)])
+        evaluated_products = _by_length(meter.products, [batch])
         fixed |= meter.products - evaluated_products
         del outputs
     tokens = sum(shape[0] * shape[1] for shape in shapes)
@@ -337,15 +337,21 @@ def trace_step(
     )
 
 
-def _by_length(products: set[Any], shapes: Sequence[Sequence[int]]) -> set[Any]:
-    """Return those of some products that have the tokens of a row, or of all rows, among the sizes of a factor.
+def _by_length(products: set[Any], batches: Sequence[Mapping[str, Tensor]]) -> set[Any]:
+    """Return the products whose shapes depend on the sequence length: all but those over one token per row.
 
     Args:
-        products: Operation, sizes and strides of the factors of each.
-        shapes: B and T of each batch.
+        products: Operation, sizes and strides of the operands of each.
+        batches: Batches that they are of; tensors are (B, T), labels (B, A).
     """
-    lengths = {size for rows, tokens in shapes for size in (tokens, rows * tokens)}
-    return {product for product in products if any(lengths.intersection(sizes) for sizes, _ in product[1:])}
+    shapes = [tensor.shape for batch in batches for tensor in batch.values() if tensor.dim() == 2]
+    rows, lengths = {shape[0] for shape in shapes}, {size for rows, one in shapes for size in (one, rows * one)}
+
+    def is_fixed(product: Any) -> bool:
+        sizes = {size for operand, _ in product[1:] for size in operand}
+        return bool(sizes & rows) and not sizes & lengths
+
+    return {product for product in products if not is_fixed(product)}
 
 
 def shallower(architecture: Any, layers: int) -> Any:
