@@ -31,7 +31,6 @@ ROWS: dict[str, tuple[tuple[str, ...], list[dict[str, Any]]]] = {
     "similarity": ((), [{"anchor": "a plant", "positive": "grows"}, {"anchor": "to move", "positive": "on"}]),
 }
 """Of each task its labels and some rows."""
-ROWS_OR_MORE = [*ROWS, "classification", "masked", "causal", "summarization bart", "summarization t5"]
 
 
 def made(task: Task, model_folder: Path, labels: tuple[str, ...]) -> tuple[Any, Splits]:
