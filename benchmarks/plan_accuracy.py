@@ -6,6 +6,7 @@ each can be repeated: errors are those of the mean peak and the median step. Tho
 plan's constants were fitted on; the table of docs/planning.md is of the others.
 
     python -m benchmarks.plan_accuracy --measure [--only TEXT] [--repeats 3]    train what is not measured yet
+    python -m benchmarks.plan_accuracy --measure --busy --repeats 3             the same beside other work: no times
     python -m benchmarks.plan_accuracy --plan                                   plan what is measured, print the errors
     python -m benchmarks.plan_accuracy --page                                   write the table into docs/planning.md
 """
@@ -36,7 +37,13 @@ GENERATION = {"generate": False}
 
 
 def case(
-    model: str, method: Any = "lora", rows: int = 16, length: int = 64, validation: int = 0, **training: Any
+    model: str,
+    method: Any = "lora",
+    rows: int = 16,
+    length: int = 64,
+    validation: int = 0,
+    quantization: str | None = None,
+    **training: Any,
 ) -> tuple[str, dict[str, Any]]:
     """Return the name and the settings of a configuration."""
     said = (
@@ -45,9 +52,9 @@ def case(
         else ", ".join(f"{value}" if key == "name" else f"{key} {value}" for key, value in method.items())
     )
     more = "".join(f", {key} {value}" for key, value in training.items()) + (", with validation" if validation else "")
-    return f"{model}: {said}, {rows} x {length}{more}", {
-        "model": model, "method": method, "rows": rows, "length": length, "validation": validation, "training": training
-    }  # fmt: skip
+    settings = {"model": model, "method": method, "rows": rows, "length": length, "validation": validation}
+    base = f"{model} in {quantization}" if quantization else model
+    return f"{base}: {said}, {rows} x {length}{more}", {**settings, "quantization": quantization, "training": training}
 
 
 CALIBRATION = dict(
@@ -112,6 +119,17 @@ CASES = dict(
         case("smollm2", "prefix", rows=4, length=64),
         case("smollm2", rows=4, length=128, gradient_checkpointing=True),
         case("smollm2", {"name": "lora", "layers": "top-4"}, rows=4, length=128, num_train_epochs=2),
+        case("minilm", quantization="nf4"),
+        case("minilm", {"name": "lora", "lora_dropout": 0.1}, rows=8, length=128, quantization="nf4"),
+        case("minilm", "houlsby", quantization="nf4"),
+        case("minilm", "prefix", quantization="nf4"),
+        case("minilm", "qera", quantization="nf4"),
+        case("minilm", quantization="int8"),
+        case("decoder-small", rows=4, length=128, quantization="nf4"),
+        case("decoder-small", rows=4, length=128, quantization="nf4", gradient_checkpointing=True),
+        case("seq2seq-small", rows=8, length=64, quantization="nf4"),
+        case("smollm2", rows=4, length=64, quantization="nf4"),
+        case("smollm2", rows=4, length=128, quantization="nf4"),
     ]
 )
 
@@ -205,6 +223,7 @@ def config_of(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "model": folder_of(model),
         "task": TASKS[kind],
         "method": settings["method"],
+        "quantization": settings["quantization"],
         "data": data,
         "training": {**own, "per_device_train_batch_size": settings["rows"], **training},
         "evaluation": GENERATION if kind == "seq2seq" else {},
@@ -212,7 +231,7 @@ def config_of(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def trained(settings: Mapping[str, Any]) -> dict[str, float]:
+def trained(settings: Mapping[str, Any]) -> dict[str, float | None]:
     """Return the cost of a training, from the manifest of a process of its own."""
     with tempfile.TemporaryDirectory() as name:
         config = Path(name) / "run.json"
@@ -225,10 +244,11 @@ def trained(settings: Mapping[str, Any]) -> dict[str, float]:
 def planned(settings: Mapping[str, Any]) -> dict[str, float]:
     """Return the planned cost of a training, without what this machine has learnt."""
     from graftwerk.config import RunConfig
+    from graftwerk.machine import compact_malloc
     from graftwerk.training.planning.calibration import PROCESS_BYTES, Calibration
     from graftwerk.training.planning.plan import Planner
 
-    os.environ.update(ONE)
+    os.environ.update({**ONE, **compact_malloc()})  # as the command line restarts itself
     with tempfile.TemporaryDirectory() as name:
         planner = Planner(RunConfig.build(config_of(settings, Path(name))))
         planner.calibration = Calibration(PROCESS_BYTES, 1.0, 0)
@@ -313,7 +333,7 @@ def page(known: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, plan, or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag in ("--measure", "--plan", "--page", "--again"):
+    for flag in ("--measure", "--plan", "--page", "--again", "--busy"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--only", default="")
     parser.add_argument("--exact", default="")
@@ -330,7 +350,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             each["runs"] = []
         try:
             while options.measure and len(each["runs"]) < options.repeats:
-                each["runs"].append(trained(settings))
+                run = trained(settings)
+                each["runs"].append({**run, "step_seconds": None} if options.busy else run)
                 store(known)
             if options.plan and each["runs"] and ("planned" not in each or options.again):
                 each["planned"] = planned(settings)

@@ -78,7 +78,7 @@ ALLOWED: dict[str, set[str]] = {
         "inspection",
     },
     "api": {"modeling", "serialization"},
-    "__main__": {"cli"},
+    "__main__": {"cli", "machine"},
 }
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
+import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+TUNABLES = "GLIBC_TUNABLES"
+"""Environment variable that sets parameters of glibc's allocator, read as a process starts."""
+COMPACT = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+"""No caches of small blocks, which would put them into the gaps that freed tensors leave (docs/decisions/0025)."""
+_RESTARTED = "GRAFTWERK_RESTARTED"
 
 
 def available() -> int | None:
@@ -87,6 +92,8 @@ def process_start(pid: int | str = "self") -> float:
 
 def version_of(package: str) -> str | None:
     """Return the version of an installed package, or None if it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version  # slow to import, and not needed to start
+
     try:
         return version(package)
     except PackageNotFoundError:
@@ -95,5 +102,31 @@ def version_of(package: str) -> str | None:
 
 def give_back() -> None:
     """Give freed memory back to the system, if the C library has a call for it."""
+    import ctypes
+
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def compact_malloc() -> dict[str, str]:
+    """Return the environment variable with which a new process takes less memory for its tensors.
+
+    Empty if the C library is not glibc, and if the variable is set already, be it to nothing.
+    """
+    if TUNABLES in os.environ or not _has_glibc():
+        return {}
+    return {TUNABLES: COMPACT}
+
+
+def restart_compact() -> None:
+    """Start this process anew, with its id and arguments, if `compact_malloc` changes something."""
+    if _RESTARTED not in os.environ and sys.executable and (changed := compact_malloc()):
+        arguments = [sys.executable, *sys.orig_argv[1:]]
+        os.execve(sys.executable, arguments, {**os.environ, **changed, _RESTARTED: "1"})
+
+
+def _has_glibc() -> bool:
+    try:
+        return bool(os.confstr("CS_GNU_LIBC_VERSION"))
+    except (AttributeError, ValueError, OSError):  # Windows, macOS, musl
+        return False

@@ -73,7 +73,7 @@ def test_bytes_of_counts_binary_units_in_powers_of_1024() -> None:
 
 def figures(**changes: float) -> dict[str, float]:
     """Figures of a step of 16 rows, of 1000 bytes each."""
-    parts = dict.fromkeys(("weights", "trained", "gradients", "optimizer", "cached", "kept", "evaluation"), 0.0)
+    parts = dict.fromkeys(("weights", "trained", "gradients", "optimizer", "cached", "kept", "evaluation_peak"), 0.0)
     parts["filling_peak"] = parts["errors"] = 0.0
     return {**parts, "held": 16e3, "beside": 0.0, "alive": 16e3, "step_peak": 16e3, "rows": 16.0, **changes}
 
@@ -88,7 +88,7 @@ def test_largest_batch_grows_by_the_rows_that_were_traced(
     monkeypatch.setattr(planning, "calibration", lambda kind: Calibration(0.0, 1.0, 0))
     planner = Planner(RunConfig.load(config, {"per_device_train_batch_size": 16}), num_processes=1)
     monkeypatch.setattr(planner, "_measured", lambda config: figures(**less))
-    found = figures(alive=50e3, held=50e3, evaluation=50e3)  # the peak is that of an evaluation
+    found = figures(alive=50e3, held=50e3, evaluation_peak=50e3)  # the peak is that of an evaluation
     memory = planner._memory(found, planner.config)
     assert planner._largest_batch(planner.config, found, memory, 100_000) == largest
     assert planner._largest_batch(planner.config, found, memory, 49_000) == 0
@@ -102,7 +102,7 @@ def test_fit_divides_the_batch_of_an_evaluation_that_is_the_peak(config: Path, m
         step = 1e9 + config.training.per_device_train_batch_size
         evaluation = 1e8 * config.training.per_device_eval_batch_size
         alive = max(step, evaluation)
-        return figures(alive=alive, held=alive, step_peak=step, evaluation=evaluation)
+        return figures(alive=alive, held=alive, step_peak=step, evaluation_peak=evaluation)
 
     monkeypatch.setattr(planner, "_measured", measured)
     monkeypatch.setattr(planner, "plan", lambda config, largest_batch: {})

@@ -155,14 +155,12 @@ def test_plan_of_quantized_base_counts_codes_in_place_of_weights(path: Path) -> 
 
 def test_plan_of_a_start_from_errors_counts_those_that_are_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trace_step = planning.trace_step
-    monkeypatch.setattr(
-        planning, "trace_step", lambda *of, **types: replace(trace_step(*of, **types), quantizable=10**9)
-    )
+    monkeypatch.setattr(planning, "trace_step", lambda *of, **types: replace(trace_step(*of, **types), codes=10**9))
     alive = {}
     for start in ("qera", "true"):
         config = RunConfig.load(path, {"quantization": "nf4", "method.init_lora_weights": start})
         alive[start] = Planner(config)._measured(config)["alive"]
-    assert alive["qera"] == pytest.approx(10**9 * planning._codes(config.quantization, 4))
+    assert alive["qera"] == 10**9
     assert alive["true"] < alive["qera"] / 2
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from graftwerk.methods.base import Method
-from graftwerk.models.quantization import Quantization, require_bitsandbytes
+from graftwerk.models.quantization import Quantization, import_bitsandbytes
 from graftwerk.tasks.base import Splits, Task
 
 if TYPE_CHECKING:
@@ -57,9 +55,7 @@ def load_base(
 
     if quantization is None:
         return load_model(name, task, splits, dtype=dtype, revision=revision)
-    require_bitsandbytes()
-    with _without_notes():
-        import bitsandbytes  # noqa: F401 - not in the middle of what follows
+    import_bitsandbytes()
     from graftwerk.modeling.quantize import quantizer
     from graftwerk.models.hardware import TYPES
     from graftwerk.serialization.fingerprint import FullWeights
@@ -78,15 +74,3 @@ def load_base(
     model = load_model(name, task, splits, dtype=dtype, revision=revision, quantizer=made, device=device)
     full.keep(model)
     return model
-
-
-@contextmanager
-def _without_notes() -> Iterator[None]:
-    """Silence bitsandbytes below errors inside the block: it tells every user of a kernel that a few could have."""
-    logger = logging.getLogger("bitsandbytes")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

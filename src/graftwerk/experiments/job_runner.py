@@ -17,6 +17,7 @@ from typing import Any
 from graftwerk import errors
 from graftwerk.errors import ErrorReport, GraftwerkError, ResourceError, RunInterrupted
 from graftwerk.experiments.fork_server import CAN_FORK
+from graftwerk.machine import compact_malloc
 from graftwerk.own_files import open_own
 from graftwerk.training.signals import handled_by
 
@@ -114,7 +115,7 @@ class JobRunner:
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
-            environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}
+            environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **compact_malloc(), "PYTHONUNBUFFERED": "1"}
             if self.threads is not None:
                 environment.setdefault("OMP_NUM_THREADS", str(self.threads))
             with os.fdopen(open_own(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:

@@ -156,7 +156,7 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
         self.chosen, self.skipped = choose_layers(model, config.skip, config.whole)
         for path in self.chosen:
             with torch.device("meta"):
-                model.set_submodule(path, _empty_layer(model.get_submodule(path), config))
+                model.set_submodule(path, empty_layer(model.get_submodule(path), config))
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         path, _, name = param_name.rpartition(".")
@@ -206,8 +206,13 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
         return converted
 
 
-def _empty_layer(layer: nn.Linear | Conv1D, config: _Request) -> nn.Linear:
-    """Return bitsandbytes' layer for a linear one, on the current device."""
+def empty_layer(layer: nn.Linear | Conv1D, config: BitsAndBytesConfig) -> nn.Linear:
+    """Return bitsandbytes' layer for a linear one, without values, on the current device.
+
+    Args:
+        layer: The linear layer.
+        config: What `quantizer` returned.
+    """
     sizes = tuple(layer.weight.shape) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
     bias = layer.bias is not None
     if config.load_in_8bit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Literal, Self
 
@@ -74,3 +75,19 @@ def require_bitsandbytes() -> str:
             where="quantization",
             hint="pip install 'graftwerk[quantized]'; or leave `quantization` out",
         ) from None
+
+
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes, without its note to every user about a kernel that few can have.
+
+    Raises:
+        ResourceError: It is not installed.
+    """
+    require_bitsandbytes()
+    logger = logging.getLogger("bitsandbytes")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        logger.setLevel(before)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from graftwerk.models.cache import recall, remember
 from graftwerk.models.hardware import machine_key
 
-NAME = "plans-4"
+NAME = "plans-5"
 """The number grows when the plan changes, since what was learnt holds for one way of planning."""
 LATEST = 15
 """Runs that are remembered."""
-PROCESS_BYTES = 30_000_000.0
+PROCESS_BYTES = 12_000_000.0
 """Memory of a training on a CPU beside its tensors and their gaps: loggers, kernels' scratch."""
 
 

@@ -233,28 +233,26 @@ class Planner:
             trace = trace_step(own, prepared, shallow, Path(folder) / "none", **types, kind=kind)
         evaluates, (steps, _, every) = bool(self.prepared.examples["validation"]), self._steps(config)
         series = repeated(trace, min(steps, every), max(0, steps - every) if evaluates else None)
-        beside = trace.widest  # a quantized layer's weight, which lives while it is multiplied; 0 of other bases
+        beside = 0
         if self.device.type == "cpu":
             train, validation = (self.prepared.examples[split] for split in ("train", "validation"))
             shapes = shapes_of(train, config.training, self._micro_batch(config), self.num_processes, steps, compute)
             evaluated = evaluated_shapes(validation, config.training.eval_batch_size, compute)
             products = trace.products * shapes + trace.evaluated_products * evaluated
-            beside += products_held(products + trace.fixed_products)
+            beside = products_held(products + trace.fixed_products)
         held = held_by_cuda(series.events) if self.device.type == "cuda" else held_by_libc(series) or 0
         evaluation = trace.evaluation_peak if evaluates else 0
-        codes = trace.quantizable * _codes(config.quantization, weights_dtype.itemsize)
-        errors = codes if config.method.starts_from_errors else 0  # kept until the first step, at the same bit width
+        errors = trace.codes if config.method.starts_from_errors else 0  # kept until the first step, as wide as these
         alive = max(trace.step_peak, trace.filling_peak, evaluation, errors)
         parts = {key: float(value) for key, value in vars(trace).items() if isinstance(value, int | float)}
-        parts["weights"] -= trace.quantizable - codes
-        parts |= {"alive": alive, "held": max(held, alive), "evaluation": trace.evaluation_peak + trace.widest}
+        parts |= {"alive": alive, "held": max(held, alive)}
         return {**parts, "beside": beside, "errors": errors}
 
     def _memory(self, found: Mapping[str, float], config: RunConfig) -> Memory:
         process, each = self.calibration.process_bytes, self.num_processes
         peak, least = found["weights"] + found["held"] + found["beside"] + process, found["weights"] + found["alive"]
         if self.device.type != "cpu":  # where filling the cache halves its rows if memory runs out
-            evaluated = found["evaluation"] if self.prepared.examples["validation"] else 0
+            evaluated = found["evaluation_peak"] if self.prepared.examples["validation"] else 0
             least = found["weights"] + max(found["step_peak"], evaluated)
         if self.device.type != "cpu" and each == 1 and self._micro_batch(config) > 1:
             per_row = found["kept"] / self._micro_batch(config)
@@ -263,7 +261,7 @@ class Planner:
         parts = {name: round(each * found[name]) for name in names}
         return Memory(
             train_peak_bytes=round(each * peak),
-            eval_peak_bytes=round(each * (found["weights"] + found["evaluation"] + process)),
+            eval_peak_bytes=round(each * (found["weights"] + found["evaluation_peak"] + process)),
             least_peak_bytes=round(each * least),
             weights_bytes=parts["weights"],
             trained_bytes=parts["trained"],
@@ -380,19 +378,6 @@ def _num_processes(config: RunConfig) -> int:
     if asked != "auto":
         return asked
     return resolve_num_processes(config, Checkpoints(RunDir(config.output_dir).checkpoints), False)
-
-
-def _codes(quantization: Any, itemsize: int) -> float:
-    """Return the bytes of a quantized weight, its share of the scales included, by those of a full one.
-
-    Args:
-        quantization: ``name`` (nf4 or int8) and ``double_quant``, as in a run file, or None for full precision.
-        itemsize: Bytes of a full weight.
-    """
-    if quantization is None:
-        return 1.0
-    scale = (1 / 64 + 4 / (64 * 256)) if quantization.double_quant else 4 / 64  # one for 64 weights
-    return (1.0 if quantization.name == "int8" else 0.5 + scale) / itemsize
 
 
 def _halvings(rows: int) -> list[int]:

@@ -9,9 +9,8 @@ kernels and for what the allocator does with freed blocks (`allocator`).
 from __future__ import annotations
 
 import copy
-import weakref
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,40 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from graftwerk.config import RunConfig
 from graftwerk.evaluation.inference import without_cache
 from graftwerk.modeling.attach import attach_from_tensors
 from graftwerk.training.activation_cache.cache import MOST_TOKENS, TOKENS_BY_DEVICE
-from graftwerk.training.planning.without_values import CacheWithoutValues, SettingWithoutValues, Unmoved, without_values
+from graftwerk.training.planning.meter import Meter
+from graftwerk.training.planning.without_values import (
+    CacheWithoutValues,
+    SettingWithoutValues,
+    Unmoved,
+    quantize,
+    without_values,
+)
 from graftwerk.training.setup import Prepared, training_data
 
 TRACED = 2
 """Micro-batches of a step that are traced; all further ones repeat the last."""
-_ATEN: Any = torch.ops.aten
-_PRODUCTS = frozenset((_ATEN.mm, _ATEN.addmm, _ATEN.addmm_, _ATEN.bmm, _ATEN.baddbmm, _ATEN.baddbmm_))
-_LINEAR = frozenset((_ATEN.mm, _ATEN.addmm, _ATEN.convolution, _ATEN.convolution_backward))
-"""Products that grow with the tokens; the other counted ones are attention's, and grow with rows times length^2."""
-_LOOKUPS = frozenset((_ATEN.embedding, _ATEN.index_select, _ATEN.gather, _ATEN.index))
-"""Operations that read only some rows of a table."""
-
-
-def _attention(*args: Any, out_val: Any, **_: Any) -> Any:
-    return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))  # type: ignore[no-untyped-call]
-
-
-def _attention_backward(*args: Any, out_val: Any, **_: Any) -> Any:
-    return sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))  # type: ignore[no-untyped-call]
-
-
-_FORMULAS: dict[Any, Callable[..., Any]] = {
-    **flop_registry,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
 
 
 @dataclass(frozen=True)
@@ -78,8 +60,7 @@ class StepTrace:
         update_calls: Those of the optimizer.
         micro_batches: Number of traced micro-batches.
         rows: Rows of the largest of them.
-        quantizable: Bytes of ``weights`` in linear layers that a quantized base stores as codes.
-        widest: Bytes of the largest of them, which is decoded whole.
+        codes: Bytes of ``weights`` in codes of quantized layers, and in their scales.
         tokens: Tokens of the traced micro-batches, padding included.
         squares: Sum of rows times squared length over the traced micro-batches.
         evaluated: Operations of a token in evaluation.
@@ -112,8 +93,7 @@ class StepTrace:
     update_calls: int
     micro_batches: int
     rows: int
-    quantizable: int
-    widest: int
+    codes: int
     tokens: int
     squares: int
     evaluated: int
@@ -125,70 +105,6 @@ class StepTrace:
     events: array[int] = field(repr=False)
     evaluation: array[int] = field(repr=False)
     recorded: bytes = field(repr=False)
-
-
-class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count the bytes of all storages that operations make while they live, and the operations."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.alive, self.made = 0, 0
-        self.events: array[int] = array("q")
-        self.recorded = bytearray()
-        self._known: dict[int, weakref.ref[Any]] = {}
-        self.restart()
-
-    def restart(self) -> None:
-        """Count anew, from the bytes that are alive now."""
-        self.peak, self.moved, self.calls, self.operations, self.attention = self.alive, 0, 0, 0, 0
-        self.products: set[Any] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        made = func(*args, **kwargs)
-        if formula := _FORMULAS.get(func._overloadpacket):
-            count = int(formula(*args, **kwargs, out_val=made))
-            self.operations += count
-            self.attention += count if func._overloadpacket not in _LINEAR else 0
-        if func._overloadpacket in _PRODUCTS and made.itemsize == 2:
-            self.products.add(
-                (func, *((tuple(each.shape), each.stride()) for each in args if isinstance(each, Tensor)))
-            )
-        read = [each for each in tree_iter((args, kwargs)) if isinstance(each, Tensor)]
-        recorded = torch._C._current_graph_task_id() != -1 or (
-            torch.is_grad_enabled() and any(tensor.requires_grad for tensor in read)
-        )
-        written = [each for each in tree_iter(made) if isinstance(each, Tensor)]
-        new = [self.add(tensor, recorded) for tensor in written]
-        if any(new) or func._schema.is_mutable:  # not a view
-            self.calls += 1
-            if formula is None:
-                taken = written if func._overloadpacket in _LOOKUPS else read
-                self.moved += sum(tensor.nbytes for tensor in (*taken, *written))
-        self.peak = max(self.peak, self.alive)
-        return made
-
-    def add(self, tensor: Tensor, recorded: bool = False) -> bool:
-        """Count the storage of a tensor, any shape, unless it is known; return True if it was not."""
-        storage = tensor.untyped_storage()
-        number = id(storage)
-        if (known := self._known.get(number)) is not None and known() is storage:
-            return False
-        size = storage.nbytes()
-        self.made += 1
-        self.alive += size
-        self.events.append(size)
-        self.recorded.append(recorded)
-        self._known[number] = weakref.ref(storage, self._forgetting(number, size, self.made))
-        return True
-
-    def _forgetting(self, number: int, size: int, made: int) -> Any:
-        def forget(_: Any) -> None:
-            self._known.pop(number, None)
-            self.alive -= size
-            self.events.append(-made)
-
-        return forget
 
 
 def trace_step(
@@ -226,7 +142,7 @@ def trace_step(
     from graftwerk.training.trainer import Trainer
     from graftwerk.training.trainer_inputs import RunContext
 
-    fake, meter = FakeTensorMode(allow_non_fake_inputs=True), _Meter()
+    fake, meter = FakeTensorMode(allow_non_fake_inputs=True), Meter()
     task, training = prepared.task, config.training
     validation = prepared.examples["validation"]
     with ExitStack() as modes:
@@ -234,11 +150,11 @@ def trace_step(
         modes.enter_context(fake)
         modes.enter_context(meter)
         model = task.auto_class().from_config(architecture, dtype=weights_dtype).eval()
-        for tensor in (*model.parameters(), *model.buffers()):
+        codes = _quantized(model, config, dtype)
+        for tensor in (*model.parameters(), *model.buffers(), *codes):
             meter.add(tensor)
         fix_padding(model, prepared.tokenizer)
-        linear = _quantized(model, config)
-        weights, loaded = sum(_storages([*model.parameters(), *model.buffers()])), meter.made
+        weights, loaded = sum(_storages([*model.parameters(), *model.buffers(), *codes])), meter.made
         adapter = attach_from_tensors(model, prepared.method, "default", None)
         trainer = Trainer(
             adapter,
@@ -321,8 +237,7 @@ def trace_step(
         update_calls=update_calls,
         micro_batches=len(shapes),
         rows=max(map(len, step.examples)),
-        quantizable=sum(linear.values()),
-        widest=max(linear.values(), default=0),
+        codes=sum(_storages(codes)),
         tokens=tokens,
         squares=sum(shape[0] * shape[1] ** 2 for shape in shapes),
         evaluated=evaluated // (rows * width),
@@ -368,15 +283,13 @@ def shallower(architecture: Any, layers: int) -> Any:
     return shallow
 
 
-def _quantized(model: Any, config: RunConfig) -> dict[str, int]:
-    """Return the bytes of the weight of each linear layer that is quantized as the model is loaded, by path."""
-    if config.quantization is None:
-        return {}
-    from graftwerk.modeling.quantize import choose_layers
-
+def _quantized(model: Any, config: RunConfig, compute: torch.dtype) -> list[Tensor]:
+    """Quantize the layers of a model that are quantized as it is loaded, and return their codes and scales."""
+    if (settings := config.quantization) is None:
+        return []
     saved = () if config.method.modules_to_save == "auto" else config.method.modules_to_save
-    chosen, _ = choose_layers(model, (), (*saved, *config.quantization.skip))  # one traced less deep lacks some
-    return {path: model.get_submodule(path).weight.nbytes for path in chosen}
+    multiplied = compute if settings.compute_type == "auto" else getattr(torch, settings.compute_type)
+    return quantize(model, settings, multiplied, saved)
 
 
 def _storages(tensors: Sequence[Tensor]) -> Iterator[int]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graftwerk.evaluation.inference import without_cache, without_gradients
 from graftwerk.modeling.frozen_layers import reach
 from graftwerk.modeling.module_index import modes_restored
+from graftwerk.models.quantization import Quantization, import_bitsandbytes
 from graftwerk.tasks.base import Example, Task
 from graftwerk.training.activation_cache.cache import ROWS, ActivationCache
 from graftwerk.training.activation_cache.plan import cache_dtype
@@ -25,6 +27,65 @@ from graftwerk.training.retention.base import Setting
 def without_values(fake: FakeTensorMode, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the shapes of a batch, tensors (...) without values."""
     return {name: fake.from_tensor(tensor) for name, tensor in batch.items()}
+
+
+def quantize(model: Any, settings: Quantization, compute: torch.dtype, whole: Collection[str]) -> list[Tensor]:
+    """Put bitsandbytes' layers in place of a model's linear ones, as loading does.
+
+    Args:
+        model: A `PreTrainedModel` whose tensors are fake.
+        settings: How the base is quantized.
+        compute: Type that layers of 4 bits multiply in.
+        whole: Names of further modules that are not quantized; they need not match.
+
+    Returns:
+        Codes of 4 bits (out * in / 2, 1) or of 8 (out, in), and their scales (blocks,) or (out,).
+
+    Raises:
+        ResourceError: bitsandbytes is not installed.
+    """
+    import_bitsandbytes()
+    from graftwerk.modeling.quantize import choose_layers, empty_layer, quantizer
+
+    request = quantizer(settings.name, double_quant=bool(settings.double_quant), compute=compute)
+    chosen, _ = choose_layers(model, (), (*whole, *settings.skip))  # a model of fewer layers may lack some of them
+    stored: list[Tensor] = []
+    for path in chosen:
+        layer = model.get_submodule(path)
+        with unset_fake_temporarily(), torch.device("meta"):
+            made = empty_layer(layer, request)
+        codes, scales = _codes(layer.weight, bool(settings.double_quant)) if settings.name == "nf4" else _bytes(made)
+        made._parameters |= {"weight": codes, "bias": layer.bias}
+        model.set_submodule(path, made)
+        stored += [codes, *scales]
+    return stored
+
+
+def _codes(weight: Tensor, nested: bool) -> tuple[nn.Parameter, list[Tensor]]:
+    """Return the codes of nf4 for a weight (out, in), (out * in / 2, 1), with bitsandbytes' state, and its scales."""
+    from bitsandbytes.functional import quantize_4bit
+
+    with unset_fake_temporarily():
+        _, state = quantize_4bit(torch.ones(1, 64), compress_statistics=nested, quant_type="nf4")
+    blocks = math.ceil(weight.numel() / state.blocksize)
+    state.shape, state.dtype = weight.shape, weight.dtype
+    state.absmax, state.code = torch.empty(blocks, dtype=state.absmax.dtype), torch.empty(16)
+    scales = [state.absmax]
+    if nested:
+        state.offset, state.state2.code = torch.empty(()), torch.empty(256)
+        state.state2.absmax = torch.empty(math.ceil(blocks / state.state2.blocksize))
+        scales.append(state.state2.absmax)
+    codes = nn.Parameter(torch.empty(math.ceil(weight.numel() / 2), 1, dtype=torch.uint8), requires_grad=False)
+    codes.quant_state = state  # type: ignore[attr-defined]
+    return codes, scales
+
+
+def _bytes(layer: nn.Linear) -> tuple[nn.Parameter, list[Tensor]]:
+    """Return the 8-bit codes of a layer, (out, in), and the scales of its rows, (out,)."""
+    codes = nn.Parameter(torch.empty(layer.weight.shape, dtype=torch.int8), requires_grad=False)
+    scales = torch.empty(layer.weight.shape[0])
+    codes.SCB = scales  # type: ignore[attr-defined]
+    return codes, [scales]
 
 
 class Unmoved(SingleProcess):

@@ -1,0 +1,162 @@
+"""A dispatch mode that counts the tensors which operations make, while they live, and the operations themselves.
+
+Two things go on inside of torch and bitsandbytes that a dispatch mode does not see, or changes: autograd's engine sums
+gradients in place, but not under a mode, and the product with 4-bit codes decodes them inside of one operation.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import weakref
+from array import array
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+_ATEN: Any = torch.ops.aten
+_PRODUCTS = frozenset((_ATEN.mm, _ATEN.addmm, _ATEN.addmm_, _ATEN.bmm, _ATEN.baddbmm, _ATEN.baddbmm_))
+_LINEAR = frozenset((_ATEN.mm, _ATEN.addmm, _ATEN.convolution, _ATEN.convolution_backward))
+"""Products that grow with the tokens; the other counted ones are attention's, and grow with rows times length^2."""
+_LOOKUPS = frozenset((_ATEN.embedding, _ATEN.index_select, _ATEN.gather, _ATEN.index))
+"""Operations that read only some rows of a table."""
+_CODED = "bitsandbytes::gemm_4bit"
+"""Product with a weight of 4 bits."""
+_ENGINE = torch.autograd.graph._engine_run_backward.__code__
+"""What calls operations that no Python code calls: autograd's engine, for its own sums and nodes written in C++."""
+_TENSOR_REFERENCES, _STORAGE_REFERENCES = 4, 2
+"""References to an operand of the engine's sums, and to its storage, that nothing else holds."""
+
+
+def _called_by_the_engine() -> bool:
+    """Return True if the operation that is dispatched is one of autograd's engine, and not of Python code."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") in ("torch._compile", "torch._dynamo.eval_frame"):
+        frame = frame.f_back  # which torch puts around the methods of every dispatch mode
+    return frame is not None and frame.f_code is _ENGINE
+
+
+def _sum_in_place(first: Tensor, second: Tensor, **_: Any) -> tuple[Tensor, Tensor] | None:
+    """Return the operands of a sum of gradients, the one that takes the result first; None if it needs a tensor.
+
+    Autograd's engine sums the gradients that reach a tensor over several paths into one that nothing else refers to
+    (torch/csrc/autograd/input_buffer.cpp), but into a new tensor under a dispatch mode, which would be counted.
+    """
+    for one, other in ((first, second), (second, first)):
+        if (
+            torch._C._storage_Use_Count(one.untyped_storage()._cdata) == _STORAGE_REFERENCES
+            and one._use_count() == _TENSOR_REFERENCES  # type: ignore[attr-defined]
+            and one.nbytes == one.untyped_storage().nbytes()
+        ):
+            return one, other
+    return None
+
+
+def _decoded(given: Sequence[Any]) -> list[Tensor]:
+    """Return what a product with 4-bit codes takes while it runs: scales of 8 bits, decoded and moved, and the weight.
+
+    Args:
+        given: x, codes, shape of the weight, scales, size of a block, name, bias, scales of 8 bits.
+    """
+    x, shape, block, nested = given[0], given[2], given[4], len(given) > 7 and given[7] is not None
+    scales = [math.ceil(math.prod(shape) / block)] * (2 if nested else 0)
+    return [
+        *(torch.empty(count, device="meta") for count in scales),
+        torch.empty(math.prod(shape), dtype=x.dtype, device="meta"),
+    ]
+
+
+def _coded_product(x: Tensor, codes: Tensor, shape: Sequence[int], *_: Any, out_val: Any, **__: Any) -> int:
+    return 2 * x.numel() * shape[0]
+
+
+def _attention(*args: Any, out_val: Any, **_: Any) -> Any:
+    return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))  # type: ignore[no-untyped-call]
+
+
+def _attention_backward(*args: Any, out_val: Any, **_: Any) -> Any:
+    return sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))  # type: ignore[no-untyped-call]
+
+
+_FORMULAS: dict[Any, Callable[..., Any]] = {
+    **flop_registry,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Count the bytes of all storages that operations make while they live, and the operations."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.alive, self.made = 0, 0
+        self.events: array[int] = array("q")
+        self.recorded = bytearray()
+        self._known: dict[int, weakref.ref[Any]] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Count anew, from the bytes that are alive now."""
+        self.peak, self.moved, self.calls, self.operations, self.attention = self.alive, 0, 0, 0, 0
+        self.products: set[Any] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _ATEN.add.Tensor and _called_by_the_engine() and (summed := _sum_in_place(*args)):
+            func, args = _ATEN.add_.Tensor, summed
+        packet, coded = func._overloadpacket, func._schema.name == _CODED
+        inside = _decoded(args) if coded else []
+        for tensor in inside:
+            self.add(tensor)
+        made = func(*args, **kwargs)
+        if formula := _coded_product if coded else _FORMULAS.get(packet):
+            count = int(formula(*args, **kwargs, out_val=made))
+            self.operations += count
+            self.attention += 0 if coded or packet in _LINEAR else count
+        if (coded or packet in _PRODUCTS) and made.itemsize == 2:
+            self.products.add(
+                (func, *((tuple(each.shape), each.stride()) for each in args if isinstance(each, Tensor)))
+            )
+        read = [each for each in tree_iter((args, kwargs)) if isinstance(each, Tensor)]
+        recorded = torch._C._current_graph_task_id() != -1 or (
+            torch.is_grad_enabled() and any(tensor.requires_grad for tensor in read)
+        )
+        written = [each for each in tree_iter(made) if isinstance(each, Tensor)]
+        new = [self.add(tensor, recorded) for tensor in written]
+        if any(new) or func._schema.is_mutable:  # not a view
+            self.calls += 1
+            if formula is None:
+                taken = written if packet in _LOOKUPS else read
+                self.moved += sum(tensor.nbytes for tensor in (*taken, *written))
+        self.moved += sum(tensor.nbytes for tensor in inside)
+        self.peak = max(self.peak, self.alive)
+        return made
+
+    def add(self, tensor: Tensor, recorded: bool = False) -> bool:
+        """Count the storage of a tensor, any shape, unless it is known; return True if it was not."""
+        storage = tensor.untyped_storage()
+        number = id(storage)
+        if (known := self._known.get(number)) is not None and known() is storage:
+            return False
+        size = storage.nbytes()
+        self.made += 1
+        self.alive += size
+        self.events.append(size)
+        self.recorded.append(recorded)
+        self._known[number] = weakref.ref(storage, self._forgetting(number, size, self.made))
+        return True
+
+    def _forgetting(self, number: int, size: int, made: int) -> Any:
+        def forget(_: Any) -> None:
+            self._known.pop(number, None)
+            self.alive -= size
+            self.events.append(-made)
+
+        return forget
