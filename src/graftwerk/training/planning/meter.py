@@ -1,7 +1,8 @@
 """A dispatch mode that counts the tensors which operations make, while they live, and the operations themselves.
 
-Two things go on inside of torch and bitsandbytes that a dispatch mode does not see, or changes: autograd's engine sums
-gradients in place, but not under a mode, and the product with 4-bit codes decodes them inside of one operation.
+Some things go on inside of torch and bitsandbytes that a dispatch mode changes or does not see. Autograd's engine sums
+gradients in place, and attention with dropout adds its mask in place, but neither does under a mode; the product with
+4-bit codes decodes them inside of one operation.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 import weakref
 from array import array
 from collections.abc import Callable, Sequence
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -34,12 +35,12 @@ _TENSOR_REFERENCES, _STORAGE_REFERENCES = 4, 2
 """References to an operand of the engine's sums, and to its storage, that nothing else holds."""
 
 
-def _called_by_the_engine() -> bool:
-    """Return True if the operation that is dispatched is one of autograd's engine, and not of Python code."""
+def _caller() -> CodeType | None:
+    """Return the Python code that called the operation which is dispatched, or what an operation in C++ is part of."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__") in ("torch._compile", "torch._dynamo.eval_frame"):
         frame = frame.f_back  # which torch puts around the methods of every dispatch mode
-    return frame is not None and frame.f_code is _ENGINE
+    return None if frame is None else frame.f_code
 
 
 def _sum_in_place(first: Tensor, second: Tensor, **_: Any) -> tuple[Tensor, Tensor] | None:
@@ -109,10 +110,15 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is _ATEN.add.Tensor and _called_by_the_engine() and (summed := _sum_in_place(*args)):
-            func, args = _ATEN.add_.Tensor, summed
+        if func is _ATEN.add.Tensor and (caller := _caller()) is not None:
+            if caller is _ENGINE and (summed := _sum_in_place(*args)):
+                func, args = _ATEN.add_.Tensor, summed
+            elif "scaled_dot_product_attention" in caller.co_names:  # its mask
+                func, args = _ATEN.alias.default, args[:1]
         packet, coded = func._overloadpacket, func._schema.name == _CODED
         inside = _decoded(args) if coded else []
+        if packet is _ATEN._safe_softmax:  # looks for rows that are masked whole
+            inside = [torch.empty(args[0].shape, dtype=torch.bool, device="meta")]
         for tensor in inside:
             self.add(tensor)
         made = func(*args, **kwargs)

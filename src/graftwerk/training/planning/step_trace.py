@@ -29,7 +29,9 @@ from graftwerk.training.planning.without_values import (
     CacheWithoutValues,
     SettingWithoutValues,
     Unmoved,
+    masks_nothing,
     quantize,
+    without_masks,
     without_values,
 )
 from graftwerk.training.setup import Prepared, training_data
@@ -187,6 +189,7 @@ def trace_step(
         most = max((example.length for example in validation), default=0)
         batch = task.objective.prepare(collated(task, held_out, prepared.tokenizer, dtype, most), model)
     shapes = [next(iter(batch.values())).shape for batch in step.batches]
+    unmasked, batch_unmasked = masks_nothing(step.batches), masks_nothing([batch])
     step = replace(step, batches=[without_values(fake, batch) for batch in step.batches])
     batch = without_values(fake, batch)
     setup = len(meter.events)
@@ -195,7 +198,8 @@ def trace_step(
     with torch.random.fork_rng(devices=[]), fake, meter, training_mode(model, training.gradient_checkpointing):
         meter.restart()
         start = meter.alive
-        gradient = trainer.gradients.accumulate(step)
+        with without_masks(unmasked):
+            gradient = trainer.gradients.accumulate(step)
         moved, calls, operations, attention = meter.moved, meter.calls, meter.operations, meter.attention
         optim.step_if(trainer.optimizer, gradient.finite)
         step_peak, products = meter.peak, _by_length(meter.products, step.batches)
@@ -209,7 +213,7 @@ def trace_step(
     with torch.random.fork_rng(devices=[]), fake, meter, evaluation_mode(model), without_cache(model), torch.no_grad():
         meter.restart()
         with autocast(model, dtype):
-            with cache.serving(held_out, batch):
+            with cache.serving(held_out, batch), without_masks(batch_unmasked):
                 outputs = task.objective.forward(model, batch)
             if "labels" in batch:
                 task.objective.loss(outputs, batch)

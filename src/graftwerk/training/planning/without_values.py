@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.masking_utils import AttentionMaskInterface
 
 from graftwerk.evaluation.inference import without_cache, without_gradients
 from graftwerk.modeling.frozen_layers import reach
@@ -27,6 +29,33 @@ from graftwerk.training.retention.base import Setting
 def without_values(fake: FakeTensorMode, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the shapes of a batch, tensors (...) without values."""
     return {name: fake.from_tensor(tensor) for name, tensor in batch.items()}
+
+
+def masks_nothing(batches: Sequence[Mapping[str, Tensor]]) -> bool:
+    """Return True if the attention masks of batches, (B, T) each, are ones alone."""
+    masks = [tensor for batch in batches for name, tensor in batch.items() if name.endswith("attention_mask")]
+    return bool(masks) and all(bool(mask.all()) for mask in masks)
+
+
+@contextmanager
+def without_masks(skipped: bool) -> Iterator[None]:
+    """Have models build no mask for scaled dot-product attention inside the block.
+
+    They look whether there is anything to mask, and go on without a mask if not, which values must tell.
+
+    Args:
+        skipped: Do so; otherwise nothing changes.
+    """
+    masks = AttentionMaskInterface()
+    before = masks["sdpa"]
+    if skipped:
+        AttentionMaskInterface.register(
+            "sdpa", lambda *given, **more: before(*given, **more | {"attention_mask": None})
+        )
+    try:
+        yield
+    finally:
+        AttentionMaskInterface.register("sdpa", before)
 
 
 def quantize(model: Any, settings: Quantization, compute: torch.dtype, whole: Collection[str]) -> list[Tensor]:
