@@ -164,15 +164,14 @@ def test_plan_of_a_start_from_errors_counts_those_that_are_kept(path: Path, monk
     assert alive["true"] < alive["qera"] / 2
 
 
-@pytest.mark.parametrize(("quantization", "world"), [("nf4", 1), (None, 2)], ids=["quantized", "launched"])
-def test_run_that_the_plan_does_not_describe_teaches_nothing(
-    path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str | None, world: int
+def test_launched_run_that_the_plan_does_not_describe_teaches_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory_check, "learn", None)
     monkeypatch.setattr(memory_check, "Planner", None)
     state, clock = SimpleNamespace(seconds=99.0), SimpleNamespace(mean_step_seconds=1.0)
-    trainer: Any = SimpleNamespace(state=state, clock=clock, distributed=SimpleNamespace(world_size=world))
-    config = RunConfig.load(path, {"quantization": quantization})
+    trainer: Any = SimpleNamespace(state=state, clock=clock, distributed=SimpleNamespace(world_size=2))
+    config = RunConfig.load(path)
     assert memory_check.planned_cost({"memory": {}}, config, None, 1, trainer, 10**9) == {}  # type: ignore[arg-type]
 
 

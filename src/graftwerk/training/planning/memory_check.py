@@ -103,8 +103,8 @@ def planned_cost(
 ) -> dict[str, float]:
     """Return the planned figures that a finished run is compared with.
 
-    None after a short run without a plan, on a quantized base, and of launched processes. The machine's calibration
-    learns from the difference.
+    None after a short run without a plan, and of launched processes. The machine's calibration learns from the
+    difference.
 
     Args:
         plan: The plan from before the training, or None.
@@ -117,8 +117,8 @@ def planned_cost(
     Returns:
         ``planned_peak_memory_bytes`` and ``planned_step_seconds``.
     """
-    if config.quantization is not None or num_processes != trainer.distributed.world_size:
-        return {}  # what a layer decodes and what launched processes share is not in a plan
+    if num_processes != trainer.distributed.world_size:
+        return {}  # what launched processes share is not in a plan
     if plan is None and trainer.state.seconds >= WORTH_SECONDS:
         plan = planned(Planner(config, prepared, num_processes))
     if plan is None or "why_not" in plan:

@@ -28,7 +28,7 @@ from graftwerk.training.checkpoint import Checkpoints
 from graftwerk.training.mode import base_dtype
 from graftwerk.training.num_processes import resolve_num_processes
 from graftwerk.training.planning.allocator import held_by_cuda, held_by_libc, products_held, repeated
-from graftwerk.training.planning.calibration import calibration
+from graftwerk.training.planning.calibration import QUANTIZED_BYTES, calibration
 from graftwerk.training.planning.step_time import LINEAR, evaluated_shapes, mean_step, shapes_of, speeds_of
 from graftwerk.training.planning.step_trace import shallower, trace_step
 from graftwerk.training.run_dir import RunDir
@@ -249,7 +249,7 @@ class Planner:
         return {**parts, "beside": beside, "errors": errors}
 
     def _memory(self, found: Mapping[str, float], config: RunConfig) -> Memory:
-        process, each = self.calibration.process_bytes, self.num_processes
+        process, each = self._process_bytes(config), self.num_processes
         peak, least = found["weights"] + found["held"] + found["beside"] + process, found["weights"] + found["alive"]
         if self.device.type != "cpu":  # where filling the cache halves its rows if memory runs out
             evaluated = found["evaluation_peak"] if self.prepared.examples["validation"] else 0
@@ -272,6 +272,10 @@ class Planner:
             workspace_bytes=max(0, round(each * peak) - sum(parts.values())),
         )
 
+    def _process_bytes(self, config: RunConfig) -> float:
+        imported = QUANTIZED_BYTES if config.quantization is not None and self.device.type == "cpu" else 0
+        return self.calibration.process_bytes + imported
+
     def _steps(self, config: RunConfig) -> tuple[int, int, int]:
         """Return the steps of the training, those of an epoch, and those from one evaluation to the next."""
         training = config.training
@@ -286,7 +290,7 @@ class Planner:
         rows = config.training.per_device_train_batch_size
         tree = config.model_dump(mode="json")
         less = self._measured(RunConfig.build(tree, {"training.per_device_train_batch_size": rows // 2 or 2}))
-        filling = self.num_processes * (found["weights"] + found["filling_peak"] + self.calibration.process_bytes)
+        filling = self.num_processes * (found["weights"] + found["filling_peak"] + self._process_bytes(config))
         if max(memory.eval_peak_bytes, filling) > free:
             return 0
         apart = found["rows"] - less["rows"]  # there may be fewer rows than a micro-batch asks for
