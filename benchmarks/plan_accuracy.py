@@ -295,12 +295,23 @@ def spread(known: Mapping[str, Any]) -> str:
     fewest, most = min(map(len, peaks)), max(map(len, peaks))
     number = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     return (
-        f"{number} equal runs of each are {100 * statistics.median(apart):.1f} % apart (median), "
+        f"{number} equal runs of {len(peaks)} of them are {100 * statistics.median(apart):.1f} % apart (median), "
         f"{100 * max(apart):.1f} % at most"
     )
 
 
-def summary(found: Mapping[str, float]) -> str:
+def of_other_runs(known: Mapping[str, Any]) -> dict[str, float]:
+    """Return the errors of a plan that would know the mean peak of a configuration's other runs, run by run."""
+    found: dict[str, float] = {}
+    for name, each in known.items():
+        peaks = [run["peak_memory_bytes"] for run in each["runs"]]
+        if len(peaks) > 1:
+            total = sum(peaks)
+            found |= {f"{name} {n}": (total - peak) / (len(peaks) - 1) / peak - 1 for n, peak in enumerate(peaks)}
+    return found
+
+
+def summary(found: Mapping[str, float], what: str = "configurations") -> str:
     """Return median, 95th percentile and the extremes of errors."""
     if not found:
         return "not measured"
@@ -308,7 +319,7 @@ def summary(found: Mapping[str, float]) -> str:
     high = size[min(len(size) - 1, round(0.95 * (len(size) - 1)))]
     low, top = min(found.values()), max(found.values())
     return (
-        f"{len(size)} configurations: median error {100 * statistics.median(size):.1f} %, 95th percentile "
+        f"{len(size)} {what}: median error {100 * statistics.median(size):.1f} %, 95th percentile "
         f"{100 * high:.1f} %, most too low {100 * min(low, 0):.1f} %, most too high {100 * max(top, 0):+.1f} %"
     )
 
@@ -317,7 +328,10 @@ def page(known: Mapping[str, Any]) -> str:
     """Return the table of docs/planning.md."""
     chosen = {name: known[name] for name in CASES if known.get(name, {}).get("planned")}
     memory, time = errors(chosen, "peak_memory_bytes"), errors(chosen, "step_seconds")
-    lines = [f"Memory: {summary(memory)}; {spread(chosen)}.", f"Time of a step: {summary(time)}.", ""]
+    lines = [f"Memory: {summary(memory)}; {spread(chosen)}."]
+    if best := of_other_runs(chosen):
+        lines.append(f"The mean of a configuration's other runs, taken as the plan of a run: {summary(best, 'runs')}.")
+    lines += [f"Time of a step: {summary(time)}.", ""]
     lines.append("| configuration | planned MB | measured MB | error | planned s | measured s | error |")
     lines.append("|---|---|---|---|---|---|---|")
     for name, each in chosen.items():

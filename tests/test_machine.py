@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from array import array
@@ -15,28 +16,59 @@ from graftwerk import machine
 from graftwerk.training.planning.allocator import Series, held_by_libc
 
 SRC = Path(__file__).parents[1] / "src"
-ENTRY = """
-import os, sys
-import graftwerk.cli.main as command_line
-command_line.main = lambda: print(os.environ.get("GLIBC_TUNABLES"), os.getpid(), *sys.argv[1:])
-from graftwerk.__main__ import main
-main()
+STARTS = """
+import os
+with open(os.environ["STARTS"], "a") as file:
+    print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), file=file)
 """
-glibc = pytest.mark.skipif(not machine._has_glibc(), reason="another C library")
+SCRIPT = "import sys\nsys.argv[1:] = ['plan', '--help']\nfrom graftwerk.__main__ import main\nmain()\n"
+COMMAND = ["-m", "graftwerk", "plan", "--help"]
+glibc = pytest.mark.skipif(machine._glibc() < (2, 31), reason="another C library")
 
 
 @glibc
-@pytest.mark.parametrize("said", [None, "", "glibc.malloc.arena_max=1"])
-def test_command_line_restarts_once_with_a_compact_heap_unless_the_variable_is_set(said: str | None) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "environment", "starts"),
+    [
+        (COMMAND, {}, [None, machine.COMPACT]),
+        ([str(Path(sys.executable).with_name("graftwerk")), "plan", "--help"], {}, [None, machine.COMPACT]),
+        (COMMAND, {machine.TUNABLES: ""}, [""]),
+        (COMMAND, {machine.TUNABLES: "glibc.malloc.arena_max=1"}, ["glibc.malloc.arena_max=1"]),
+        (COMMAND, {machine._RESTARTED: "1"}, [None]),  # whatever removes the variable on the way, it is tried once
+        (["-m", "graftwerk", "--version"], {}, [None]),
+        (["-"], {}, [None]),  # another program, whose text is gone once it is read
+    ],
+    ids=["module", "script", "empty", "own", "restarted", "version", "caller"],
+)
+def test_command_line_restarts_once_and_only_itself(
+    tmp_path: Path, arguments: list[str], environment: dict[str, str], starts: list[str | None]
+) -> None:
+    if arguments[0].endswith("graftwerk") and not Path(arguments[0]).exists():
+        pytest.skip("graftwerk is not installed here")
+    (tmp_path / "sitecustomize.py").write_text(STARTS)
     kept = {name: value for name, value in os.environ.items() if name not in (machine.TUNABLES, machine._RESTARTED)}
+    paths = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{SRC}", "STARTS": str(tmp_path / "starts")}
     process = subprocess.Popen(
-        [sys.executable, "-c", ENTRY, "train", "a b"],
-        env={**kept, "PYTHONPATH": str(SRC), **({} if said is None else {machine.TUNABLES: said})},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    found = process.communicate(timeout=60)[0]
-    assert found == f"{machine.COMPACT if said is None else said} {process.pid} train a b\n"
+        [sys.executable, *arguments], env={**kept, **paths, **environment}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    said, complaint = process.communicate(SCRIPT, timeout=60)
+    assert process.returncode == 0, complaint
+    assert said
+    assert (tmp_path / "starts").read_text().splitlines() == [f"{process.pid} {each}" for each in starts]
+
+
+@glibc
+def test_command_goes_on_where_it_cannot_be_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: object) -> None:
+        raise OSError("no such interpreter")
+
+    monkeypatch.delenv(machine.TUNABLES, raising=False)
+    monkeypatch.delenv(machine._RESTARTED, raising=False)
+    monkeypatch.setattr(machine, "_is_command_line", lambda: True)
+    monkeypatch.setattr(os, "execve", fail)
+    machine.restart_compact()
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM}
 
 
 @glibc

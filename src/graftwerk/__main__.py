@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import signal
+import sys
 from types import FrameType
 
 from graftwerk.machine import restart_compact
+
+TRAIN_OR_PLAN = frozenset(("train", "compare", "ablate", "search", "sequence", "plan", "recommend", "doctor", "init"))
+"""Commands whose memory depends on the C library's allocator, or which predict it."""
 
 
 def main() -> int:
     """Run the command line; a signal that comes while it is imported ends with the same code as any later one."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
-    restart_compact()
+    if TRAIN_OR_PLAN.intersection(sys.argv[1:]):
+        restart_compact()
     from graftwerk.cli.main import main
 
     return main()

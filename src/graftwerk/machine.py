@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -111,22 +112,44 @@ def give_back() -> None:
 def compact_malloc() -> dict[str, str]:
     """Return the environment variable with which a new process takes less memory for its tensors.
 
-    Empty if the C library is not glibc, and if the variable is set already, be it to nothing.
+    Empty if the C library is not glibc of at least 2.31, which knows both settings, and if the variable is set already,
+    even to an empty string.
     """
-    if TUNABLES in os.environ or not _has_glibc():
+    if TUNABLES in os.environ or _glibc() < (2, 31):
         return {}
     return {TUNABLES: COMPACT}
 
 
 def restart_compact() -> None:
-    """Start this process anew, with its id and arguments, if `compact_malloc` changes something."""
-    if _RESTARTED not in os.environ and sys.executable and (changed := compact_malloc()):
-        arguments = [sys.executable, *sys.orig_argv[1:]]
-        os.execve(sys.executable, arguments, {**os.environ, **changed, _RESTARTED: "1"})
+    """Re-execute the command line, with its process id and arguments, under the environment of `compact_malloc`.
+
+    Nothing happens if that sets nothing, if this process is another program that calls the command line, or under a
+    debugger. SIGINT and SIGTERM wait until the new process calls this function too, with its handlers in place.
+    """
+    signals = (signal.SIGINT, signal.SIGTERM)
+    if os.environ.pop(_RESTARTED, None) is not None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        return
+    if not _is_command_line() or not (changed := compact_malloc()):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    with contextlib.suppress(OSError, ValueError):  # then the command runs as it is
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **changed, _RESTARTED: "1"})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
 
-def _has_glibc() -> bool:
+def _is_command_line() -> bool:
+    """Return True if this process is `python -m graftwerk` or the console script, and is not being traced."""
+    main = sys.modules["__main__"]
+    spec, path = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    ours = spec.name == "graftwerk.__main__" if spec is not None else os.path.basename(path or "") == "graftwerk"
+    return ours and bool(sys.executable) and len(sys.orig_argv) > 1 and sys.gettrace() is None
+
+
+def _glibc() -> tuple[int, ...]:
+    """Return the version of glibc, or (0,) if the C library is another."""
     try:
-        return bool(os.confstr("CS_GNU_LIBC_VERSION"))
+        name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+        return tuple(int(part) for part in version.split(".")[:2]) if name == "glibc" else (0,)
     except (AttributeError, ValueError, OSError):  # Windows, macOS, musl
-        return False
+        return (0,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from array import array
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from graftwerk.config import RunConfig
 from graftwerk.methods.base_weights import is_quantized
@@ -51,7 +53,7 @@ from graftwerk.training.planning.step_time import (
     shapes_of,
     speeds_of,
 )
-from graftwerk.training.planning.without_values import quantize
+from graftwerk.training.planning.without_values import quantize, without_masks
 from graftwerk.training.retention.self_replay import SelfReplay
 from graftwerk.training.settings import TrainingSettings
 from graftwerk.training.setup import prepare
@@ -371,23 +373,30 @@ def test_mean_step_counts_tokens_squares_and_micro_batches_of_one_process(
     assert mean == MeanStep(tokens=3.0 * own, squares=9.0 * own, batches=batches)
 
 
-@pytest.mark.parametrize("settings", ["nf4", {"name": "nf4", "double_quant": False}, "int8"])
-def test_quantized_layers_without_values_take_the_bytes_of_real_ones(settings: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "family"),
+    [("nf4", "llama"), ({"name": "nf4", "double_quant": False}, "llama"), ("int8", "llama"), ("nf4", "gpt2")],
+)
+def test_quantized_layers_without_values_take_the_bytes_of_real_ones(
+    settings: Any, family: str, tmp_path: Path
+) -> None:
     pytest.importorskip("bitsandbytes")
     from graftwerk.modeling.quantize import quantizer
 
     chosen = Quantization.model_validate(settings)
-    config = LlamaConfig(
+    config: Any = LlamaConfig(
         vocab_size=96, hidden_size=64, intermediate_size=320, num_hidden_layers=1, num_attention_heads=4, mlp_bias=True
     )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    made_of, path = LlamaForCausalLM, "model.layers.0.mlp.up_proj"
+    if family == "gpt2":  # whose layers store their weights transposed
+        config = GPT2Config(vocab_size=96, n_embd=64, n_inner=320, n_layer=1, n_head=4)
+        made_of, path = GPT2LMHeadModel, "transformer.h.0.mlp.c_fc"
+    made_of(config).save_pretrained(tmp_path / "model")
     made = quantizer(chosen.name, double_quant=bool(chosen.double_quant), compute=torch.float32)
-    real = LlamaForCausalLM.from_pretrained(
-        tmp_path / "llama", quantization_config=made, device_map={"": torch.device("cpu")}
-    )
+    real = made_of.from_pretrained(tmp_path / "model", quantization_config=made, device_map={"": torch.device("cpu")})
     fake = FakeTensorMode()
     with fake:
-        planned = LlamaForCausalLM._from_config(config)
+        planned = made_of._from_config(config)
         stored = quantize(planned, chosen, torch.float32, ())
     codes = [layer.weight for layer in real.modules() if isinstance(layer, nn.Linear) and is_quantized(layer.weight)]
     states = [weight.quant_state for weight in codes] if chosen.name == "nf4" else []
@@ -397,14 +406,14 @@ def test_quantized_layers_without_values_take_the_bytes_of_real_ones(settings: A
 
     x, least = torch.randn(3, 7, 64, requires_grad=True), 1024
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        real.model.layers[0].mlp.up_proj(x).square().sum().backward()
+        real.get_submodule(path)(x).square().sum().backward()
     events = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     same = fake.from_tensor(x.detach()).requires_grad_()
     with fake, Meter() as meter:
         for tensor in (same, *planned.parameters(), *stored):
             meter.add(tensor)
         before = len(meter.events)
-        planned.model.layers[0].mlp.up_proj(same).square().sum().backward()
+        planned.get_submodule(path)(same).square().sum().backward()
     found = sorted(size for size in meter.events[before:] if size >= least)
     assert found == sorted(size for size in events if size >= least)
     assert meter.operations == 2 * 2 * 3 * 7 * 64 * 320  # forward, and backward through the frozen weight
@@ -468,23 +477,85 @@ def test_products_of_virtual_tokens_and_targets_depend_on_the_length() -> None:
     assert {name for name, product in products.items() if product in by_length} == {"prompt", "text", "target"}
 
 
-def test_meter_sums_gradients_in_place_as_autograd_does_without_a_mode() -> None:
-    def trained(values: Tensor, weight: Tensor) -> None:
-        first = values.sin()
-        hidden = first + torch.tanh(first @ weight)  # its gradient goes two ways, and is summed from three
-        second = values.cos()
-        twice = (second + 1) + (second + 2)  # the same gradient for both: their sum takes a tensor
-        ((hidden * 2).sum() + (hidden.view(-1) * 3).sum() + (hidden * hidden).mean() + twice.tanh().sum()).backward()
+def paths(values: Tensor, weight: Tensor) -> Tensor:
+    first = values.sin()
+    hidden = first + torch.tanh(first @ weight)  # its gradient goes two ways, and is summed from three
+    second = values.cos()
+    twice = (second + 1) + (second + 2)  # the same gradient for both: their sum takes a tensor
+    return (hidden * 2).sum() + (hidden.view(-1) * 3).sum() + (hidden * hidden).mean() + twice.tanh().sum()
 
-    tensors = [torch.randn(64, 64, requires_grad=True) for _ in range(2)]
-    size = tensors[0].nbytes
+
+def shared(values: Tensor, weight: Tensor) -> Tensor:
+    hidden, other = values.sin(), weight.cos()
+    return (hidden + other).square().sum() + hidden.exp().sum()  # the gradient that comes first is the other's too
+
+
+def transposed(values: Tensor, weight: Tensor) -> Tensor:
+    hidden = values.sin()
+    return (hidden @ weight + hidden.t() @ weight).square().sum()
+
+
+def recomputed(values: Tensor, weight: Tensor) -> Tensor:
+    def layer(hidden: Tensor) -> Tensor:
+        return hidden + torch.tanh(hidden @ weight)
+
+    hidden: Tensor = checkpoint(layer, values.sin(), use_reentrant=True, preserve_rng_state=False)
+    return hidden.square().sum()
+
+
+def attended(values: Tensor, weight: Tensor) -> Tensor:
+    query, key = values.view(1, 2, 32, 64), weight.view(1, 2, 32, 64)
+    scores = nn.functional.scaled_dot_product_attention(
+        query, key, key, attn_mask=torch.zeros(1, 1, 32, 32), dropout_p=0.5
+    )
+    return (scores + values.view(1, 2, 32, 64)).square().sum()  # a sum that is not in place, in the same function
+
+
+@pytest.mark.parametrize("loss_of", [paths, shared, transposed, recomputed, attended])
+def test_meter_counts_the_tensors_that_are_made_without_a_mode(loss_of: Any) -> None:
+    tensors, least = [torch.randn(64, 64, requires_grad=True) for _ in range(2)], 2048
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        trained(*tensors)
-    real = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        loss_of(*tensors).backward()
+    events = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     fake = FakeTensorMode()
     shapes = [fake.from_tensor(tensor.detach()).requires_grad_() for tensor in tensors]
     with fake, Meter() as meter:
         for tensor in shapes:
             meter.add(tensor)
-        trained(*shapes)
-    assert meter.events.count(size) - len(shapes) == real.count(size) > 0
+        before = len(meter.events)
+        loss_of(*shapes).backward()
+    traced = sorted(size for size in meter.events[before:] if size >= least)
+    assert traced == sorted(size for size in events if size >= least)
+    assert traced
+
+
+def test_trace_builds_masks_only_for_rows_of_several_lengths(
+    tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.masking_utils import AttentionMaskInterface
+
+    before, seen = AttentionMaskInterface()["sdpa"], list[bool]()
+
+    def watched(*given: Any, **more: Any) -> Any:
+        seen.append(more["attention_mask"] is None)
+        return before(*given, **more)
+
+    AttentionMaskInterface.register("sdpa", watched)
+    try:
+        for name, rows in (("alike", ["one two three four"] * 8), ("unlike", ["one two three four"] * 7 + ["one"])):
+            path = tmp_path / f"{name}.jsonl"
+            path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+            tree = {
+                "model": str(tiny_decoder), "task": "causal", "method": "lora", "output_dir": str(tmp_path / name),
+                "data": {"train": str(path), "columns": {"text": "text"}, "validation": None},
+                "training": {"per_device_train_batch_size": 4},
+            }  # fmt: skip
+            traced(RunConfig.build(tree, {}), tmp_path)
+            assert AttentionMaskInterface()["sdpa"] is watched
+            assert set(seen) == {name == "alike"}
+            seen.clear()
+        with pytest.raises(KeyError), without_masks(True):
+            raise KeyError
+        assert AttentionMaskInterface()["sdpa"] is watched
+    finally:
+        AttentionMaskInterface.register("sdpa", before)

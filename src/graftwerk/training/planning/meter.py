@@ -7,12 +7,13 @@ gradients in place, and attention with dropout adds its mask in place, but neith
 
 from __future__ import annotations
 
+import dis
 import math
 import sys
 import weakref
 from array import array
 from collections.abc import Callable, Sequence
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -29,34 +30,46 @@ _LOOKUPS = frozenset((_ATEN.embedding, _ATEN.index_select, _ATEN.gather, _ATEN.i
 """Operations that read only some rows of a table."""
 _CODED = "bitsandbytes::gemm_4bit"
 """Product with a weight of 4 bits."""
-_ENGINE = torch.autograd.graph._engine_run_backward.__code__
+_ENGINE = getattr(getattr(torch.autograd.graph, "_engine_run_backward", None), "__code__", None)
 """What calls operations that no Python code calls: autograd's engine, for its own sums and nodes written in C++."""
 _TENSOR_REFERENCES, _STORAGE_REFERENCES = 4, 2
 """References to an operand of the engine's sums, and to its storage, that nothing else holds."""
 
 
-def _caller() -> CodeType | None:
-    """Return the Python code that called the operation which is dispatched, or what an operation in C++ is part of."""
+def _caller() -> FrameType | None:
+    """Return the frame of the Python code that called the operation which is dispatched, or what it is part of."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__") in ("torch._compile", "torch._dynamo.eval_frame"):
         frame = frame.f_back  # which torch puts around the methods of every dispatch mode
-    return None if frame is None else frame.f_code
+    return frame
 
 
-def _sum_in_place(first: Tensor, second: Tensor, **_: Any) -> tuple[Tensor, Tensor] | None:
-    """Return the operands of a sum of gradients, the one that takes the result first; None if it needs a tensor.
+def _is_summed_in_place(buffer: Tensor) -> bool:
+    """Return True if autograd's engine adds a further gradient to this one, any shape, in place.
 
-    Autograd's engine sums the gradients that reach a tensor over several paths into one that nothing else refers to
-    (torch/csrc/autograd/input_buffer.cpp), but into a new tensor under a dispatch mode, which would be counted.
+    It does if nothing else refers to the tensor (torch/csrc/autograd/input_buffer.cpp), but not under a dispatch mode,
+    where the sum would be counted as a further tensor. Where torch does not tell the references, none is in place.
     """
-    for one, other in ((first, second), (second, first)):
-        if (
-            torch._C._storage_Use_Count(one.untyped_storage()._cdata) == _STORAGE_REFERENCES
-            and one._use_count() == _TENSOR_REFERENCES  # type: ignore[attr-defined]
-            and one.nbytes == one.untyped_storage().nbytes()
-        ):
-            return one, other
-    return None
+    references, of_storage = getattr(buffer, "_use_count", None), getattr(torch._C, "_storage_Use_Count", None)
+    if references is None or of_storage is None or torch.is_grad_enabled():
+        return False
+    storage = buffer.untyped_storage()
+    alone = of_storage(storage._cdata) == _STORAGE_REFERENCES and references() == _TENSOR_REFERENCES
+    return alone and buffer.nbytes == storage.nbytes()
+
+
+def _is_mask(frame: FrameType, scores: Tensor, added: Any) -> bool:
+    """Return True if a sum is that of attention scores (B, H, T, T) and a mask inside of torch's own function.
+
+    It is in place, but not under a dispatch mode. A `+` of the code that calls the function is not meant.
+    """
+    code = frame.f_code
+    if "scaled_dot_product_attention" not in code.co_names or not isinstance(added, Tensor) or scores.dim() != 4:
+        return False
+    is_call = not dis.opname[code.co_code[frame.f_lasti]].startswith("BINARY")
+    sizes = zip(reversed(scores.shape), reversed(added.shape), strict=False)
+    fits = added.dim() <= scores.dim() and all(size in (1, whole) for whole, size in sizes)
+    return is_call and fits and torch.result_type(scores, added) == scores.dtype
 
 
 def _decoded(given: Sequence[Any]) -> list[Tensor]:
@@ -110,11 +123,11 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is _ATEN.add.Tensor and (caller := _caller()) is not None:
-            if caller is _ENGINE and (summed := _sum_in_place(*args)):
-                func, args = _ATEN.add_.Tensor, summed
-            elif "scaled_dot_product_attention" in caller.co_names:  # its mask
-                func, args = _ATEN.alias.default, args[:1]
+        masked = False
+        if func is _ATEN.add.Tensor and isinstance(args[0], Tensor) and (frame := _caller()) is not None:
+            masked = _is_mask(frame, *args[:2])
+            if masked or (frame.f_code is _ENGINE and _is_summed_in_place(args[0])):
+                func = _ATEN.add_.Tensor
         packet, coded = func._overloadpacket, func._schema.name == _CODED
         inside = _decoded(args) if coded else []
         if packet is _ATEN._safe_softmax:  # looks for rows that are masked whole
@@ -122,6 +135,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in inside:
             self.add(tensor)
         made = func(*args, **kwargs)
+        if masked:
+            made = _ATEN.alias.default(made)  # autograd takes the result for another tensor
         if formula := _coded_product if coded else _FORMULAS.get(packet):
             count = int(formula(*args, **kwargs, out_val=made))
             self.operations += count

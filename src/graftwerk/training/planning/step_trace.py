@@ -23,18 +23,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from graftwerk.config import RunConfig
 from graftwerk.evaluation.inference import without_cache
 from graftwerk.modeling.attach import attach_from_tensors
+from graftwerk.tasks.base import Example
 from graftwerk.training.activation_cache.cache import MOST_TOKENS, TOKENS_BY_DEVICE
 from graftwerk.training.planning.meter import Meter
 from graftwerk.training.planning.without_values import (
     CacheWithoutValues,
     SettingWithoutValues,
     Unmoved,
-    masks_nothing,
+    has_no_padding,
     quantize,
     without_masks,
     without_values,
 )
 from graftwerk.training.setup import Prepared, training_data
+from graftwerk.training.stream import EncodedStream
 
 TRACED = 2
 """Micro-batches of a step that are traced; all further ones repeat the last."""
@@ -176,7 +178,10 @@ def trace_step(
         cache.__class__ = CacheWithoutValues
         cache.tokens_together = TOKENS_BY_DEVICE.get(kind, MOST_TOKENS)
         meter.restart()
-        cache.open(trainer.train, validation, trainer.total_steps * trainer.rows_per_step / len(trainer.train), 0)
+        train = prepared.examples["train"]
+        alike = _have_one_length(train), _have_one_length(validation or train)
+        with without_masks(all(alike) and dtype == torch.float32):  # batches in 16 bits are padded further
+            cache.open(trainer.train, validation, trainer.total_steps * trainer.rows_per_step / len(trainer.train), 0)
     cached = 0 if cache._states is None else cache._states.untyped_storage().nbytes()
     filling_peak = meter.peak - weights if cached else 0
     examples = trainer.batch_sampler.part(0)
@@ -189,7 +194,7 @@ def trace_step(
         most = max((example.length for example in validation), default=0)
         batch = task.objective.prepare(collated(task, held_out, prepared.tokenizer, dtype, most), model)
     shapes = [next(iter(batch.values())).shape for batch in step.batches]
-    unmasked, batch_unmasked = masks_nothing(step.batches), masks_nothing([batch])
+    full = [whole and has_no_padding(of) for whole, of in zip(alike, (step.batches, [batch]), strict=True)]
     step = replace(step, batches=[without_values(fake, batch) for batch in step.batches])
     batch = without_values(fake, batch)
     setup = len(meter.events)
@@ -198,7 +203,7 @@ def trace_step(
     with torch.random.fork_rng(devices=[]), fake, meter, training_mode(model, training.gradient_checkpointing):
         meter.restart()
         start = meter.alive
-        with without_masks(unmasked):
+        with without_masks(full[0]):
             gradient = trainer.gradients.accumulate(step)
         moved, calls, operations, attention = meter.moved, meter.calls, meter.operations, meter.attention
         optim.step_if(trainer.optimizer, gradient.finite)
@@ -213,7 +218,7 @@ def trace_step(
     with torch.random.fork_rng(devices=[]), fake, meter, evaluation_mode(model), without_cache(model), torch.no_grad():
         meter.restart()
         with autocast(model, dtype):
-            with cache.serving(held_out, batch), without_masks(batch_unmasked):
+            with cache.serving(held_out, batch), without_masks(full[1]):
                 outputs = task.objective.forward(model, batch)
             if "labels" in batch:
                 task.objective.loss(outputs, batch)
@@ -254,6 +259,11 @@ def trace_step(
         evaluation=meter.events[stepped:],
         recorded=bytes(meter.recorded),
     )
+
+
+def _have_one_length(examples: Sequence[Example]) -> bool:
+    """Return True if no batch of these rows can have padding; rows of a stream are not read for it."""
+    return not isinstance(examples, EncodedStream) and len({example.length for example in examples}) == 1
 
 
 def _by_length(products: set[Any], batches: Sequence[Mapping[str, Tensor]]) -> set[Any]:

@@ -31,7 +31,7 @@ def without_values(fake: FakeTensorMode, batch: dict[str, Tensor]) -> dict[str, 
     return {name: fake.from_tensor(tensor) for name, tensor in batch.items()}
 
 
-def masks_nothing(batches: Sequence[Mapping[str, Tensor]]) -> bool:
+def has_no_padding(batches: Sequence[Mapping[str, Tensor]]) -> bool:
     """Return True if the attention masks of batches, (B, T) each, are ones alone."""
     masks = [tensor for batch in batches for name, tensor in batch.items() if name.endswith("attention_mask")]
     return bool(masks) and all(bool(mask.all()) for mask in masks)
@@ -43,8 +43,10 @@ def without_masks(skipped: bool) -> Iterator[None]:
 
     They look whether there is anything to mask, and go on without a mask if not, which values must tell.
 
+    Other threads must not run a model meanwhile: transformers has one table of mask functions for a process.
+
     Args:
-        skipped: Do so; otherwise nothing changes.
+        skipped: If True, build no masks.
     """
     masks = AttentionMaskInterface()
     before = masks["sdpa"]
@@ -83,36 +85,45 @@ def quantize(model: Any, settings: Quantization, compute: torch.dtype, whole: Co
         layer = model.get_submodule(path)
         with unset_fake_temporarily(), torch.device("meta"):
             made = empty_layer(layer, request)
-        codes, scales = _codes(layer.weight, bool(settings.double_quant)) if settings.name == "nf4" else _bytes(made)
+        nested, shape = bool(settings.double_quant), (made.out_features, made.in_features)  # a Conv1D's is transposed
+        kept = _nf4_codes(shape, layer.weight.dtype, nested) if settings.name == "nf4" else _int8_codes(shape)
+        codes, scales = kept
         made._parameters |= {"weight": codes, "bias": layer.bias}
         model.set_submodule(path, made)
         stored += [codes, *scales]
     return stored
 
 
-def _codes(weight: Tensor, nested: bool) -> tuple[nn.Parameter, list[Tensor]]:
-    """Return the codes of nf4 for a weight (out, in), (out * in / 2, 1), with bitsandbytes' state, and its scales."""
+def _nf4_codes(shape: tuple[int, int], dtype: torch.dtype, nested: bool) -> tuple[nn.Parameter, list[Tensor]]:
+    """Return the codes of a weight (out, in) in nf4, (out * in / 2, 1), with bitsandbytes' state, and its scales.
+
+    Args:
+        shape: Of the weight.
+        dtype: Its type.
+        nested: The scales are stored in 8 bits.
+    """
     from bitsandbytes.functional import quantize_4bit
 
     with unset_fake_temporarily():
         _, state = quantize_4bit(torch.ones(1, 64), compress_statistics=nested, quant_type="nf4")
-    blocks = math.ceil(weight.numel() / state.blocksize)
-    state.shape, state.dtype = weight.shape, weight.dtype
+    count = math.prod(shape)
+    blocks = math.ceil(count / state.blocksize)
+    state.shape, state.dtype = torch.Size(shape), dtype
     state.absmax, state.code = torch.empty(blocks, dtype=state.absmax.dtype), torch.empty(16)
     scales = [state.absmax]
     if nested:
         state.offset, state.state2.code = torch.empty(()), torch.empty(256)
         state.state2.absmax = torch.empty(math.ceil(blocks / state.state2.blocksize))
         scales.append(state.state2.absmax)
-    codes = nn.Parameter(torch.empty(math.ceil(weight.numel() / 2), 1, dtype=torch.uint8), requires_grad=False)
+    codes = nn.Parameter(torch.empty(math.ceil(count / 2), 1, dtype=torch.uint8), requires_grad=False)
     codes.quant_state = state  # type: ignore[attr-defined]
     return codes, scales
 
 
-def _bytes(layer: nn.Linear) -> tuple[nn.Parameter, list[Tensor]]:
-    """Return the 8-bit codes of a layer, (out, in), and the scales of its rows, (out,)."""
-    codes = nn.Parameter(torch.empty(layer.weight.shape, dtype=torch.int8), requires_grad=False)
-    scales = torch.empty(layer.weight.shape[0])
+def _int8_codes(shape: tuple[int, int]) -> tuple[nn.Parameter, list[Tensor]]:
+    """Return the 8-bit codes of a weight, (out, in), and the scales of its rows, (out,)."""
+    codes = nn.Parameter(torch.empty(shape, dtype=torch.int8), requires_grad=False)
+    scales = torch.empty(shape[0])
     codes.SCB = scales  # type: ignore[attr-defined]
     return codes, [scales]
 
