@@ -142,7 +142,7 @@ def _is_command_line() -> bool:
     """Return True if this process is `python -m graftwerk` or the console script, and is not being traced."""
     main = sys.modules["__main__"]
     spec, path = getattr(main, "__spec__", None), getattr(main, "__file__", None)
-    ours = spec.name == "graftwerk.__main__" if spec is not None else os.path.basename(path or "") == "graftwerk"
+    ours = spec.parent == __package__ if spec is not None else os.path.basename(path or "") == "graftwerk"
     return ours and bool(sys.executable) and len(sys.orig_argv) > 1 and sys.gettrace() is None
 
 

@@ -111,7 +111,10 @@ def _fit(out: Output, planner: Any, limit: int) -> dict[str, Any] | None:
     out.note("trying smaller micro-batches ...")
     found: dict[str, Any] | None = planner.fit(limit)
     if found is None:
-        out.line(f"nothing makes it fit into {byte_size(limit)}: a smaller model, shorter rows (data.max_length)")
+        smaller = "" if planner.config.quantization is not None else ", or a base in 4 bits (quantization=nf4)"
+        out.line(
+            f"nothing makes it fit into {byte_size(limit)}: a smaller model, shorter rows (data.max_length){smaller}"
+        )
     elif found["overrides"]:
         peak = byte_size(found["plan"]["memory"]["train_peak_bytes"])
         out.line(f"fits into {byte_size(limit)} with: {' '.join(found['overrides'])} (peak {peak})")
