@@ -269,6 +269,11 @@ def store(known: Mapping[str, Any]) -> None:
     FILE.write_text(json.dumps(known, indent=1) + "\n")
 
 
+def peaks_of(each: Mapping[str, Any]) -> list[float]:
+    """Return the peaks of a configuration's runs in bytes; a run may have been timed alone."""
+    return [run["peak_memory_bytes"] for run in each["runs"] if run["peak_memory_bytes"] is not None]
+
+
 def measured(each: Mapping[str, Any], key: str) -> float | None:
     """Return the mean peak of a configuration's runs, or the median of their steps; None if it was not measured."""
     values = [run[key] for run in each["runs"] if run[key] is not None]
@@ -288,7 +293,7 @@ def errors(known: Mapping[str, Any], key: str) -> dict[str, float]:
 
 def spread(known: Mapping[str, Any]) -> str:
     """Return how far the peaks of equal runs are apart."""
-    peaks = [[run["peak_memory_bytes"] for run in each["runs"]] for each in known.values() if len(each["runs"]) > 1]
+    peaks = [found for found in map(peaks_of, known.values()) if len(found) > 1]
     if not peaks:
         return "one run each"
     apart = [max(found) / min(found) - 1 for found in peaks]
@@ -304,7 +309,7 @@ def of_other_runs(known: Mapping[str, Any]) -> dict[str, float]:
     """Return the errors of a plan that would know the mean peak of a configuration's other runs, run by run."""
     found: dict[str, float] = {}
     for name, each in known.items():
-        peaks = [run["peak_memory_bytes"] for run in each["runs"]]
+        peaks = peaks_of(each)
         if len(peaks) > 1:
             total = sum(peaks)
             found |= {f"{name} {n}": (total - peak) / (len(peaks) - 1) / peak - 1 for n, peak in enumerate(peaks)}
@@ -363,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.measure and options.again:
             each["runs"] = []
         try:
-            while options.measure and len(each["runs"]) < options.repeats:
+            while options.measure and len(peaks_of(each)) < options.repeats:
                 run = trained(settings)
                 each["runs"].append({**run, "step_seconds": None} if options.busy else run)
                 store(known)
@@ -374,7 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         store(known)
         if each["runs"] and (options.measure or options.plan):
-            shown = [round(run["peak_memory_bytes"] / 1e6) for run in each["runs"]]
+            shown = [round(peak / 1e6) for peak in peaks_of(each)]
             plan = each.get("planned", {}).get("peak_memory_bytes", 0) / 1e6
             print(f"{name}: measured {shown} MB, planned {plan:.0f} MB", flush=True)
     for title, names in (("fitted on", CALIBRATION), ("others", CASES)):

@@ -105,27 +105,32 @@ def _nf4_codes(shape: tuple[int, int], dtype: torch.dtype, nested: bool) -> tupl
     from bitsandbytes.functional import quantize_4bit
 
     with unset_fake_temporarily():
-        _, state = quantize_4bit(torch.ones(1, 64), compress_statistics=nested, quant_type="nf4")
+        _, state = quantize_4bit(torch.ones(1, 64, device="cpu"), compress_statistics=nested, quant_type="nf4")
     count = math.prod(shape)
     blocks = math.ceil(count / state.blocksize)
     state.shape, state.dtype = torch.Size(shape), dtype
-    state.absmax, state.code = torch.empty(blocks, dtype=state.absmax.dtype), torch.empty(16)
+    state.absmax, state.code = _empty(blocks, dtype=state.absmax.dtype), _empty(16)
     scales = [state.absmax]
     if nested:
-        state.offset, state.state2.code = torch.empty(()), torch.empty(256)
-        state.state2.absmax = torch.empty(math.ceil(blocks / state.state2.blocksize))
+        state.offset, state.state2.code = _empty(), _empty(256)
+        state.state2.absmax = _empty(math.ceil(blocks / state.state2.blocksize))
         scales.append(state.state2.absmax)
-    codes = nn.Parameter(torch.empty(math.ceil(count / 2), 1, dtype=torch.uint8), requires_grad=False)
+    codes = nn.Parameter(_empty(math.ceil(count / 2), 1, dtype=torch.uint8), requires_grad=False)
     codes.quant_state = state  # type: ignore[attr-defined]
     return codes, scales
 
 
 def _int8_codes(shape: tuple[int, int]) -> tuple[nn.Parameter, list[Tensor]]:
     """Return the 8-bit codes of a weight, (out, in), and the scales of its rows, (out,)."""
-    codes = nn.Parameter(torch.empty(shape, dtype=torch.int8), requires_grad=False)
-    scales = torch.empty(shape[0])
+    codes = nn.Parameter(_empty(*shape, dtype=torch.int8), requires_grad=False)
+    scales = _empty(shape[0])
     codes.SCB = scales  # type: ignore[attr-defined]
     return codes, [scales]
+
+
+def _empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a tensor (...) without values, on the device that a model is built on."""
+    return torch.empty(sizes, dtype=dtype, device="cpu")
 
 
 class Unmoved(SingleProcess):
