@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BartConfig,
+    BartForConditionalGeneration,
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -27,6 +30,7 @@ from graftwerk.methods.base_weights import is_quantized
 from graftwerk.methods.full import Full
 from graftwerk.methods.lora import LoRA
 from graftwerk.modeling.quantized_layers import dequantize, quantization_of
+from graftwerk.models.load import _let_go_of_files
 from tests.contract.cases import METHODS, method_of, perturb
 
 pytest.importorskip("bitsandbytes")
@@ -181,3 +185,21 @@ def test_attach_keeps_4_bits_of_users_unpacked_and_refuses_packed_ones(tmp_path:
     with pytest.raises(UnsupportedError, match="has packed this 4-bit layer") as caught:
         gw.attach(quantized, LoRA(r=2))
     assert caught.value.where == "model.layers.0.mlp.down_proj"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of mapped files")
+def test_quantized_base_lets_go_of_its_file_with_its_buffers(tmp_path: Path) -> None:
+    from graftwerk.modeling.quantize import quantizer
+
+    config = BartConfig(
+        vocab_size=96, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        encoder_attention_heads=2, decoder_attention_heads=2, pad_token_id=0, eos_token_id=2, bos_token_id=1,
+    )  # fmt: skip
+    BartForConditionalGeneration(config).save_pretrained(tmp_path)
+    made = quantizer("nf4", double_quant=True, compute=torch.float32)
+    model = BartForConditionalGeneration.from_pretrained(
+        tmp_path, quantization_config=made, device_map={"": torch.device("cpu")}
+    )
+    _let_go_of_files(model)
+    gc.collect()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
