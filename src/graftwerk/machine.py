@@ -110,9 +110,9 @@ def give_back() -> None:
 
 
 def compact_malloc() -> dict[str, str]:
-    """Return the environment variable with which a new process takes less memory for its tensors.
+    """Return the environment variable that makes a new process use less memory for its tensors.
 
-    Empty if the C library is not glibc of at least 2.31, which knows both settings, and if the variable is set already,
+    Empty if the C library is not glibc 2.31 or newer, which supports both settings, or if the variable is already set,
     even to an empty string.
     """
     if TUNABLES in os.environ or _glibc() < (2, 31):
@@ -123,8 +123,8 @@ def compact_malloc() -> dict[str, str]:
 def restart_compact() -> None:
     """Re-execute the command line, with its process id and arguments, under the environment of `compact_malloc`.
 
-    Nothing happens if that sets nothing, if this process is another program that calls the command line, or under a
-    debugger. SIGINT and SIGTERM wait until the new process calls this function too, with its handlers in place.
+    Do nothing if that is empty, if this process is another program that calls the command line, or under a debugger.
+    SIGINT and SIGTERM stay blocked until the new process reaches this function, with its handlers in place.
     """
     signals = (signal.SIGINT, signal.SIGTERM)
     if os.environ.pop(_RESTARTED, None) is not None:

@@ -240,7 +240,7 @@ def _let_go_of_files(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
-    # Buffers are views of what was read, and would remain so with other data. One may be several modules'.
+    # Buffers are views of what was read and stay so even if their data is replaced. Modules may share a buffer.
     buffers = [buffer for buffer in model.buffers() if buffer.device.type == "cpu"]
     copies = {id(buffer): buffer.detach().clone() for buffer in buffers}
     for module in model.modules():

@@ -48,7 +48,7 @@ def _is_summed_in_place(buffer: Tensor) -> bool:
     """Return True if autograd's engine adds a further gradient to this one, any shape, in place.
 
     It does if nothing else refers to the tensor (torch/csrc/autograd/input_buffer.cpp), but not under a dispatch mode,
-    where the sum would be counted as a further tensor. Where torch does not tell the references, none is in place.
+    where the sum would be counted as a further tensor. If torch does not expose reference counts, return False.
     """
     references, of_storage = getattr(buffer, "_use_count", None), getattr(torch._C, "_storage_Use_Count", None)
     if references is None or of_storage is None or torch.is_grad_enabled():
@@ -59,9 +59,9 @@ def _is_summed_in_place(buffer: Tensor) -> bool:
 
 
 def _is_mask(frame: FrameType, scores: Tensor, added: Any) -> bool:
-    """Return True if a sum is that of attention scores (B, H, T, T) and a mask inside of torch's own function.
+    """Return True if a sum is torch's own addition of a mask to attention scores (B, H, T, T).
 
-    It is in place, but not under a dispatch mode. A `+` of the code that calls the function is not meant.
+    Torch adds it in place, except under a dispatch mode. A `+` in the code that calls the function does not count.
     """
     code = frame.f_code
     if "scaled_dot_product_attention" not in code.co_names or not isinstance(added, Tensor) or scores.dim() != 4:

@@ -41,9 +41,9 @@ def has_no_padding(batches: Sequence[Mapping[str, Tensor]]) -> bool:
 def without_masks(skipped: bool) -> Iterator[None]:
     """Have models build no mask for scaled dot-product attention inside the block.
 
-    They look whether there is anything to mask, and go on without a mask if not, which values must tell.
+    Models skip the mask if there is nothing to mask, but checking that needs values, which fake tensors lack.
 
-    Other threads must not run a model meanwhile: transformers has one table of mask functions for a process.
+    Other threads must not run a model meanwhile: transformers has one table of mask functions per process.
 
     Args:
         skipped: If True, build no masks.
