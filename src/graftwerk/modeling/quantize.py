@@ -211,7 +211,7 @@ def empty_layer(layer: nn.Linear | Conv1D, config: BitsAndBytesConfig) -> nn.Lin
 
     Args:
         layer: The linear layer.
-        config: What `quantizer` returned.
+        config: Settings as `quantizer` returns them.
     """
     sizes = tuple(layer.weight.shape) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
     bias = layer.bias is not None

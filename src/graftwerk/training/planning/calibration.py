@@ -19,7 +19,7 @@ LATEST = 15
 PROCESS_BYTES = 12_000_000.0
 """Memory of a training on a CPU beside its tensors and their gaps: loggers, kernels' scratch."""
 QUANTIZED_BYTES = 45_000_000
-"""What importing bitsandbytes adds on a CPU."""
+"""Memory that importing bitsandbytes adds on a CPU."""
 
 
 @dataclass(frozen=True)

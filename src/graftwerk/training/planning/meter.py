@@ -31,7 +31,7 @@ _LOOKUPS = frozenset((_ATEN.embedding, _ATEN.index_select, _ATEN.gather, _ATEN.i
 _CODED = "bitsandbytes::gemm_4bit"
 """Product with a weight of 4 bits."""
 _ENGINE = getattr(getattr(torch.autograd.graph, "_engine_run_backward", None), "__code__", None)
-"""What calls operations that no Python code calls: autograd's engine, for its own sums and nodes written in C++."""
+"""Code that runs autograd's engine, the caller of its own sums and of nodes written in C++."""
 _TENSOR_REFERENCES, _STORAGE_REFERENCES = 4, 2
 """References to an operand of the engine's sums, and to its storage, that nothing else holds."""
 

@@ -301,9 +301,10 @@ def _quantized(model: Any, config: RunConfig, compute: torch.dtype) -> list[Tens
     """Quantize the layers of a model that are quantized as it is loaded, and return their codes and scales."""
     if (settings := config.quantization) is None:
         return []
+    from graftwerk.models.hardware import TYPES
+
     saved = () if config.method.modules_to_save == "auto" else config.method.modules_to_save
-    multiplied = compute if settings.compute_type == "auto" else getattr(torch, settings.compute_type)
-    return quantize(model, settings, multiplied, saved)
+    return quantize(model, settings, TYPES.get(settings.compute_type, compute), saved)
 
 
 def _storages(tensors: Sequence[Tensor]) -> Iterator[int]:
