@@ -11,8 +11,12 @@ from pathlib import Path
 
 TUNABLES = "GLIBC_TUNABLES"
 """Environment variable that sets parameters of glibc's allocator, read as a process starts."""
-COMPACT = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
-"""No caches of small blocks, which would put them into the gaps that freed tensors leave (docs/decisions/0025)."""
+COMPACT = (
+    "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+    ":glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1099511627776"
+)
+"""No caches of small blocks, which would put them into the gaps that freed tensors leave; and what a step frees is
+kept for the next one (docs/decisions/0025)."""
 _RESTARTED = "GRAFTWERK_RESTARTED"
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from graftwerk.models.cache import recall, remember
 from graftwerk.models.hardware import machine_key
 
-NAME = "plans-5"
+NAME = "plans-6"
 """The number grows when the plan changes, since what was learnt holds for one way of planning."""
 LATEST = 15
 """Runs that are remembered."""
