@@ -16,8 +16,8 @@ from graftwerk.methods import registry
 from graftwerk.methods.registry import METHODS
 from graftwerk.training.planning import plan as planning
 from graftwerk.training.planning.calibration import Calibration
+from graftwerk.training.planning.call_times import LINEAR_SPEED, Speeds
 from graftwerk.training.planning.plan import Planner
-from graftwerk.training.planning.step_time import LINEAR, Speeds
 from graftwerk.training.train import train
 from tests.cli.commands import Run, run_file
 
@@ -119,8 +119,8 @@ def test_time_counts_steps_of_all_epochs_and_each_evaluation(
     config: Path, monkeypatch: pytest.MonkeyPatch, training: dict[str, float], evaluations: float | None
 ) -> None:
     monkeypatch.setattr(planning, "calibration", lambda kind: Calibration(0.0, 1.0, 0))
-    monkeypatch.setattr(planning, "speeds_of", lambda dtype, kind: Speeds(1e9 / LINEAR, 1.0, 1.0))
-    monkeypatch.setattr(planning, "mean_step", lambda *_: SimpleNamespace(seconds=lambda found, speeds: 2.0))
+    monkeypatch.setattr(planning, "speeds_of", lambda dtype, kind: Speeds(1e9 / LINEAR_SPEED, 1.0, 1.0))
+    monkeypatch.setattr(planning, "mean_step", lambda *_: SimpleNamespace(seconds=lambda traced, times: 2.0))
     batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
     settings = {**batch, "num_train_epochs": 1, "max_steps": None, "eval_steps": None, **training}
     planner = Planner(RunConfig.load(config, settings), num_processes=1)

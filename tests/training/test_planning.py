@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import time
 from array import array
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,8 +28,8 @@ from graftwerk.models.quantization import Quantization
 from graftwerk.tasks.base import Example
 from graftwerk.training.activation_cache.cache import ActivationCache
 from graftwerk.training.planning import calibration as calibrating
+from graftwerk.training.planning import call_times, step_trace
 from graftwerk.training.planning import plan as planning
-from graftwerk.training.planning import step_time, step_trace
 from graftwerk.training.planning.allocator import (
     AFTERWARDS,
     PRODUCT,
@@ -39,19 +41,25 @@ from graftwerk.training.planning.allocator import (
     repeated,
 )
 from graftwerk.training.planning.calibration import NAME, PROCESS_BYTES, Calibration, calibration, learn
-from graftwerk.training.planning.meter import Meter
+from graftwerk.training.planning.call_times import (
+    ATTENTION_SPEED,
+    IN_STEP,
+    LINEAR_SPEED,
+    MOVED_SPEED,
+    CallTimes,
+    Speeds,
+    speeds_of,
+)
+from graftwerk.training.planning.meter import Call, Meter, Operand, Work
 from graftwerk.training.planning.plan import Planner
 from graftwerk.training.planning.step_time import (
-    ATTENTION,
     CALL,
-    LINEAR,
-    MOVED,
+    STEP,
     MeanStep,
-    Speeds,
+    StepWork,
     evaluated_shapes,
     mean_step,
     shapes_of,
-    speeds_of,
 )
 from graftwerk.training.planning.without_values import quantize, without_masks
 from graftwerk.training.retention.self_replay import SelfReplay
@@ -80,6 +88,11 @@ def traced(config: RunConfig, folder: Path) -> step_trace.StepTrace:
     return step_trace.trace_step(
         config, prepared, architecture, folder / "none", dtype=torch.float32, weights_dtype=torch.float32
     )
+
+
+def total(step: StepWork, what: str | None = None) -> float:
+    """Return the calls of a step's micro-batches, or the sum of what they do."""
+    return sum(work.times * (1 if what is None else getattr(work, what)) for work in step.batches.values())
 
 
 @pytest.mark.parametrize(
@@ -142,7 +155,8 @@ def test_trace_of_step_has_the_bytes_of_a_real_step(
     assert (planned.filling_peak > 0) == (planned.cached > 0)
     # The real cache compares two passes to find dropout, and leaves out a mask of ones alone.
     assert planned.filling_peak == pytest.approx(real.filling_peak, rel=0.1)
-    assert planned.operations == pytest.approx(real.operations, rel=0.01)  # the first real pass probes the head
+    operations = total(planned.work, "operations"), total(real.work, "operations")
+    assert operations[0] == pytest.approx(operations[1], rel=0.01)  # the first real pass probes the head
     assert not (tmp_path / "none").exists()
 
 
@@ -162,8 +176,8 @@ def test_trace_with_losses_against_forgetting_has_the_bytes_of_a_real_step(
     monkeypatch.setattr(step_trace, "FakeTensorMode", RealTensors)
     real = traced(config, tmp_path)
     assert planned.step_peak == pytest.approx(real.step_peak, rel=0.02)
-    assert planned.calls == pytest.approx(real.calls, rel=0.05)  # collating counts there, too
-    assert planned.moved == pytest.approx(real.moved, rel=0.02)
+    assert total(planned.work) == pytest.approx(total(real.work), rel=0.05)  # collating counts there, too
+    assert total(planned.work, "moved") == pytest.approx(total(real.work, "moved"), rel=0.02)
 
 
 def test_plan_of_deep_model_is_carried_on_from_two_depths(
@@ -173,12 +187,15 @@ def test_plan_of_deep_model_is_carried_on_from_two_depths(
     tree = {"model": str(tiny_decoder), "task": "causal", "method": "lora", "data": data, "output_dir": str(tmp_path)}
     planner = Planner(RunConfig.build(tree, {}))
     planner.architecture.num_hidden_layers = 14
-    carried = planner._measured(planner.config)
+    carried, *works = planner._traced(planner.config)
     monkeypatch.setattr("graftwerk.training.planning.plan.DEPTHS", (7, 14))
     planner._known.clear()
-    whole = planner._measured(planner.config)
-    for name in ("weights", "trained", "kept", "alive", "operations", "evaluation_peak"):
+    whole, work = planner._traced(planner.config)
+    works.append(work)
+    for name in ("weights", "trained", "kept", "alive", "evaluation_peak"):
         assert carried[name] == pytest.approx(whole[name], rel=0.01), name
+    for what in (None, "operations", "moved"):
+        assert total(works[0], what) == pytest.approx(total(works[1], what), rel=0.01), what
 
 
 @pytest.mark.parametrize(("errors", "held"), [(0.0, 50 + 13 * 20), (100.0, 2000)])
@@ -191,13 +208,13 @@ def test_plan_of_deep_model_has_gaps_and_errors_that_grow_with_its_layers(
     planner = Planner(RunConfig.build(tree, {}))
     planner.architecture.num_hidden_layers = 20
 
-    def figures(_: Any, architecture: Any) -> dict[str, float]:
+    def figures(_: Any, architecture: Any) -> tuple[dict[str, float], StepWork]:
         layers = architecture.num_hidden_layers
         peaks = {"step_peak": 70.0 + layers, "filling_peak": 0.0, "evaluation_peak": 0.0, "errors": errors * layers}
         alive = max(70.0 + layers, errors * layers)
-        return {**peaks, "alive": alive, "held": max(alive, 50.0 + 13 * layers)}
+        return {**peaks, "alive": alive, "held": max(alive, 50.0 + 13 * layers)}, StepWork({}, {}, 1, 1, 1)
 
-    planner._figures = figures  # type: ignore[method-assign]
+    planner._figures = figures  # type: ignore[assignment,method-assign]
     assert planner._measured(planner.config)["held"] == held
 
 
@@ -210,11 +227,11 @@ def test_plan_of_deep_model_carries_on_step_and_evaluation_apart(
     planner = Planner(RunConfig.build(tree, {}))
     planner.architecture.num_hidden_layers = 32
 
-    def figures(architecture: Any, filling: float) -> dict[str, float]:
+    def figures(architecture: Any, filling: float) -> tuple[dict[str, float], StepWork]:
         step, evaluation = 10.0 + 5 * architecture.num_hidden_layers, 100.0 + architecture.num_hidden_layers
         alive = max(step, filling, evaluation)
         peaks = {"step_peak": step, "filling_peak": filling, "evaluation_peak": evaluation, "errors": 0.0}
-        return {**peaks, "alive": alive, "held": 1.5 * alive}
+        return {**peaks, "alive": alive, "held": 1.5 * alive}, StepWork({}, {}, 1, 1, 1)
 
     for filled, expected in ((0.0, (170, 255)), (200.0, (200, 300))):
         monkeypatch.setattr(planner, "_figures", lambda _, architecture, filled=filled: figures(architecture, filled))
@@ -316,14 +333,82 @@ def test_calibration_takes_the_median_of_runs_and_leaves_out_what_cannot_be(
     assert calibration("cpu").runs == 0
 
 
-def test_seconds_of_a_step_scale_products_by_tokens_and_attention_by_squares() -> None:
-    traced = {
-        "operations": 700, "attention": 200, "moved": 60, "update_moved": 5, "calls": 10, "update_calls": 3,
-        "tokens": 50, "squares": 400, "micro_batches": 1,
-    }  # fmt: skip
-    step, speeds = MeanStep(tokens=100, squares=1000, batches=2), Speeds(operations=10, bytes=30, call_seconds=0.1)
-    expected = (500 * 2 / LINEAR + 200 * 2.5 / ATTENTION) / 10 + (60 * 2 + 5) / MOVED / 30 + (20 + 3) * CALL * 0.1
-    assert step.seconds(traced, speeds) == pytest.approx(expected)
+def work_of(operations: int = 0, moved: int = 0, times: float = 1, attention: bool = False) -> dict[Call, Work]:
+    """Return the work of one operation that is not timed."""
+    call = Call(f"{operations} {moved} {attention}", (), ())
+    return {call: Work(times, operations, attention, moved)}
+
+
+def test_seconds_of_a_step_scale_products_by_tokens_and_attention_by_squares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAFTWERK_CACHE", str(tmp_path))
+    batches = {**work_of(500), **work_of(20, attention=True, times=10), **work_of(moved=6, times=10)}
+    traced = StepWork(batches, work_of(moved=5, times=3), tokens=50, squares=400, micro_batches=1)
+    step, times = MeanStep(tokens=100, squares=1000, batches=2), CallTimes(Speeds(10, 30, 0.1), "cpu")
+    products = (500 * 2 / LINEAR_SPEED + 200 * 2.5 / ATTENTION_SPEED) / 10
+    expected = products + (60 * 2 + 15) / MOVED_SPEED / 30 + (STEP + 2 * 21 + 3) * CALL * 0.1
+    assert step.seconds(traced, times) == pytest.approx(expected)
+
+
+def test_seconds_of_a_call_are_those_of_the_operation_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The speeds would make each of them a thousand seconds."""
+    monkeypatch.setenv("GRAFTWERK_CACHE", str(tmp_path))
+    clock = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))  # a second for each of the calls
+    speeds, meter = Speeds(1e5, 1e5, 1e-6), Meter()
+    with FakeTensorMode(), meter:
+        x, weight = torch.ones(200, 384), torch.ones(384, 384)
+        y = torch.addmm(weight[0], x, weight.t())
+        torch.nn.functional.gelu(y)
+        torch.nn.functional.embedding(torch.zeros(4, 50, dtype=torch.long), weight)
+        torch.native_dropout(y, 0.1, True)
+        y[:, :3].add_(1.0)
+    state = torch.get_rng_state()
+    monkeypatch.setattr(call_times, "MOST_SECONDS", 1e6)
+    times = CallTimes(speeds, "cpu")
+    times.learn(meter.work)
+
+    def by(times: CallTimes) -> dict[str, float]:
+        return {str(call.operation): times.seconds(call, work) for call, work in meter.work.items()}
+
+    found, by_speed = by(times), {str(call.operation): speeds.seconds(work) for call, work in meter.work.items()}
+    assert {found[f"aten.{name}.default"] for name in ("addmm", "gelu", "embedding", "native_dropout")} == {IN_STEP}
+    assert found["aten.add_.Tensor"] == by_speed["aten.add_.Tensor"], "too little to be timed"
+    assert torch.equal(state, torch.get_rng_state()), "dropout draws no numbers of the training"
+    monkeypatch.setattr(call_times, "_alone", None)
+    again = CallTimes(speeds, "cpu")
+    again.learn(meter.work)
+    assert by(again) == found
+    for name, value in (("MOST_SECONDS", 0.0), ("MOST_BYTES", 0)):
+        with monkeypatch.context() as patched:
+            patched.setattr(call_times, name, value)
+            assert by(again) == by_speed
+    again.kind = "cuda"
+    assert by(again) == by_speed
+    (tmp_path / f"{call_times.NAME}.json").write_text('{"damaged')
+    assert by(CallTimes(speeds, "cpu")) == by_speed
+
+
+def test_shortest_of_several_rounds_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFTWERK_CACHE", str(tmp_path))
+    seconds = iter((3.0, 2.0, 5.0))
+    monkeypatch.setattr(call_times, "_alone", lambda call, warm: next(seconds))
+    call, work = Call(torch.ops.aten.mm.default, (), ()), Work(1, 10**7, False, 0)
+    times = CallTimes(Speeds(1e9, 1e9, 1e-6), "cpu")
+    times.learn({call: work})
+    assert times.seconds(call, work) == IN_STEP * 2.0
+
+
+def test_call_that_needs_values_is_worked_out_from_speeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFTWERK_CACHE", str(tmp_path))
+    losses = torch.ops.aten.nll_loss_forward.default
+    rows = Operand((40_000, 2), (2, 1), torch.float32)
+    call = Call(losses, (rows, Operand((3,), (1,), torch.int64), None, 1, -100), ())  # three targets for all rows
+    speeds, work = Speeds(1e9, 1e9, 1e-6), Work(1, 0, False, 320_000)
+    times = CallTimes(speeds, "cpu")
+    times.learn({call: work})
+    assert times.seconds(call, work) == speeds.seconds(work)
 
 
 @pytest.mark.parametrize(("asked", "wanted"), [(2, 4), (None, 1)])
@@ -348,16 +433,16 @@ def test_planner_reads_speeds_of_the_threads_that_a_training_has(
 
 def test_speeds_are_measured_once_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAFTWERK_CACHE", str(tmp_path))
-    step_time._probed.cache_clear()
+    call_times._probed.cache_clear()
     found = speeds_of(torch.float32, "cpu")
     assert found.operations > 1e8
     assert found.bytes > 1e7
     assert 1e-8 < found.call_seconds < 1e-3
     monkeypatch.setattr(hardware, "shortest_seconds", None)
-    step_time._probed.cache_clear()
+    call_times._probed.cache_clear()
     assert speeds_of(torch.float32, "cpu") == found
     (tmp_path / "speeds.json").write_text('{"damaged')
-    step_time._probed.cache_clear()
+    call_times._probed.cache_clear()
     with pytest.raises(TypeError):
         speeds_of(torch.float32, "cpu")
 

@@ -12,9 +12,10 @@ import math
 import sys
 import weakref
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,50 @@ _ENGINE = getattr(getattr(torch.autograd.graph, "_engine_run_backward", None), "
 """Code that runs autograd's engine, the caller of its own sums and of nodes written in C++."""
 _TENSOR_REFERENCES, _STORAGE_REFERENCES = 4, 2
 """References to an operand of the engine's sums, and to its storage, that nothing else holds."""
+
+
+class Operand(NamedTuple):
+    """A tensor that an operation is called with, without its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Call(NamedTuple):
+    """An operation and what it is called with; every tensor is an `Operand`, every list a tuple."""
+
+    operation: Any
+    given: tuple[Any, ...]
+    named: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, operation: Any, given: Sequence[Any], named: Mapping[str, Any]) -> Call:
+        """Return the call of an operator of torch with positional and named arguments."""
+        return cls(operation, _without_values(given), tuple((name, _without_values(named[name])) for name in named))
+
+
+def _without_values(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return Operand(tuple(value.shape), value.stride(), value.dtype)
+    return tuple(map(_without_values, value)) if isinstance(value, list | tuple) else value
+
+
+@dataclass
+class Work:
+    """Number of equal calls of an operation, and the work of one.
+
+    Attributes:
+        times: Calls.
+        operations: Floating-point operations of a call that is a product; 0 for all others.
+        attention: True if those grow with the square of the length.
+        moved: Bytes that a call reads and writes, those of a product left out.
+    """
+
+    times: float
+    operations: int
+    attention: bool
+    moved: int
 
 
 def _caller() -> FrameType | None:
@@ -118,8 +163,9 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def restart(self) -> None:
         """Count anew, from the bytes that are alive now."""
-        self.peak, self.moved, self.calls, self.operations, self.attention = self.alive, 0, 0, 0, 0
+        self.peak, self.operations = self.alive, 0
         self.products: set[Any] = set()
+        self.work: dict[Call, Work] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -137,10 +183,9 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = func(*args, **kwargs)
         if masked:
             made = _ATEN.alias.default(made)  # autograd takes the result for another tensor
-        if formula := _coded_product if coded else _FORMULAS.get(packet):
-            count = int(formula(*args, **kwargs, out_val=made))
-            self.operations += count
-            self.attention += 0 if coded or packet in _LINEAR else count
+        formula = _coded_product if coded else _FORMULAS.get(packet)
+        count = 0 if formula is None else int(formula(*args, **kwargs, out_val=made))
+        self.operations += count
         if (coded or packet in _PRODUCTS) and made.itemsize == 2:
             self.products.add(
                 (func, *((tuple(each.shape), each.stride()) for each in args if isinstance(each, Tensor)))
@@ -152,11 +197,10 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         written = [each for each in tree_iter(made) if isinstance(each, Tensor)]
         new = [self.add(tensor, recorded) for tensor in written]
         if any(new) or func._schema.is_mutable:  # not a view
-            self.calls += 1
-            if formula is None:
-                taken = written if packet in _LOOKUPS else read
-                self.moved += sum(tensor.nbytes for tensor in (*taken, *written))
-        self.moved += sum(tensor.nbytes for tensor in inside)
+            taken = () if formula else (*(written if packet in _LOOKUPS else read), *written)
+            moved = sum(tensor.nbytes for tensor in (*taken, *inside))
+            square = formula is not None and not coded and packet not in _LINEAR
+            self.work.setdefault(Call.of(func, args, kwargs), Work(0, count, square, moved)).times += 1
         self.peak = max(self.peak, self.alive)
         return made
 

@@ -29,7 +29,8 @@ from graftwerk.training.mode import base_dtype
 from graftwerk.training.num_processes import resolve_num_processes
 from graftwerk.training.planning.allocator import held_by_cuda, held_by_libc, products_held, repeated
 from graftwerk.training.planning.calibration import QUANTIZED_BYTES, calibration
-from graftwerk.training.planning.step_time import LINEAR, evaluated_shapes, mean_step, shapes_of, speeds_of
+from graftwerk.training.planning.call_times import LINEAR_SPEED, CallTimes, speeds_of
+from graftwerk.training.planning.step_time import StepWork, evaluated_shapes, mean_step, shapes_of
 from graftwerk.training.planning.step_trace import shallower, trace_step
 from graftwerk.training.run_dir import RunDir
 from graftwerk.training.setup import Prepared, prepare, with_initial_text
@@ -92,7 +93,7 @@ class Planner:
         from graftwerk.models.load import load_config
 
         self.config, self.device = config.anchored(), best_device()
-        self._known: dict[str, dict[str, float]] = {}
+        self._known: dict[str, tuple[dict[str, float], StepWork]] = {}
         self.num_processes = num_processes or _num_processes(self.config)  # before anything is computed here
         self._trains_here = num_processes is not None
         with self._threads_of_training():
@@ -191,19 +192,25 @@ class Planner:
         return self._memory(self._measured(config), config).train_peak_bytes
 
     def _measured(self, config: RunConfig) -> dict[str, float]:
-        """Return the figures of a trace, carried on to the depth of the model; each run is traced once."""
+        """Return the figures of a trace, carried on to the depth of the model."""
+        return self._traced(config)[0]
+
+    def _traced(self, config: RunConfig) -> tuple[dict[str, float], StepWork]:
+        """Return these and the work of the traced step; each run is traced once."""
         key = config.model_dump_json()
         if key not in self._known:
             self._known[key] = self._carried(config)
         return self._known[key]
 
-    def _carried(self, config: RunConfig) -> dict[str, float]:
+    def _carried(self, config: RunConfig) -> tuple[dict[str, float], StepWork]:
         depth, chosen = int(self.architecture.num_hidden_layers), getattr(config.method, "layers", None)
         top = _TOP.fullmatch(chosen) if isinstance(chosen, str) else None
         low, high = (layers + (int(top[1]) if top else 0) for layers in DEPTHS)
         if depth <= high or (chosen is not None and top is None):
             return self._figures(config, self.architecture)
-        lower, higher = (self._figures(config, shallower(self.architecture, layers)) for layers in (low, high))
+        (lower, less), (higher, more) = (
+            self._figures(config, shallower(self.architecture, layers)) for layers in (low, high)
+        )
         factor = (depth - low) / (high - low)
         carried = {key: lower[key] + factor * (higher[key] - lower[key]) for key in lower}
         # The peak of a few layers may be that of an evaluation, and the peak of many that of a step.
@@ -211,9 +218,9 @@ class Planner:
         alive = max(carried["step_peak"], carried["filling_peak"], carried["errors"], evaluated)
         # Gaps between blocks keep their share, or grow with depth where live gradients fragment the freed activations.
         held = max(carried["held"], alive * higher["held"] / max(higher["alive"], 1))
-        return {**carried, "alive": alive, "held": held}
+        return {**carried, "alive": alive, "held": held}, less.carried_on(more, factor)
 
-    def _figures(self, config: RunConfig, architecture: Any) -> dict[str, float]:
+    def _figures(self, config: RunConfig, architecture: Any) -> tuple[dict[str, float], StepWork]:
         from graftwerk.models.hardware import compute_type
 
         prepared = self.prepared
@@ -246,7 +253,7 @@ class Planner:
         alive = max(trace.step_peak, trace.filling_peak, evaluation, errors)
         parts = {key: float(value) for key, value in vars(trace).items() if isinstance(value, int | float)}
         parts |= {"alive": alive, "held": max(held, alive)}
-        return {**parts, "beside": beside, "errors": errors}
+        return {**parts, "beside": beside, "errors": errors}, trace.work
 
     def _memory(self, found: Mapping[str, float], config: RunConfig) -> Memory:
         process, each = self._process_bytes(config), self.num_processes
@@ -309,12 +316,12 @@ class Planner:
         factor, train = self.calibration.time_factor, self.prepared.examples["train"]
         with self._threads_of_training():
             compute = compute_type(config.compute_type, self.device)
-            speeds = speeds_of(compute, self.device.type)
-        step = mean_step(train, config.training, self._micro_batch(config), self.num_processes, compute)
-        step_seconds = factor * step.seconds(found, speeds)
+            times = CallTimes(speeds_of(compute, self.device.type), self.device.type)
+            step = mean_step(train, config.training, self._micro_batch(config), self.num_processes, compute)
+            step_seconds = factor * step.seconds(self._traced(config)[1], times)
         steps, per_epoch, every = self._steps(config)
         held_out = sum(example.length for example in self.prepared.examples["validation"])
-        evaluated = factor * found["evaluated"] * held_out / (LINEAR * speeds.operations)
+        evaluated = factor * found["evaluated"] * held_out / (LINEAR_SPEED * times.speeds.operations)
         return {
             "step_seconds": step_seconds,
             "epoch_seconds": step_seconds * per_epoch,

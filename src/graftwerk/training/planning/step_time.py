@@ -1,15 +1,14 @@
-"""Seconds of a step: what a trace counts at the probed speeds of the machine, scaled from the traced rows to all rows.
+"""Seconds of a step: those of its operations, scaled from the traced rows to all rows, and what calling them costs.
 
-    t = linear / s_p + attention / s_a + moved / s_m + calls t_c
+    t = sum of t_o over all operations + (calls + STEP) CALL t_c
 
-Legend: linear, attention floating-point operations; moved bytes; s speeds, t_c seconds of a call.
+Legend: t_o seconds of an operation on its operands (`call_times`); t_c seconds of the smallest operation there is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,15 +16,51 @@ from graftwerk.evaluation.inference import batches_of
 from graftwerk.tasks.base import Example
 from graftwerk.tasks.tokenization import padded_length
 from graftwerk.training.batch_sampler import BatchSampler, micro_batches
+from graftwerk.training.planning.call_times import CallTimes
+from graftwerk.training.planning.meter import Call, Work
 from graftwerk.training.settings import TrainingSettings
 
-LINEAR, ATTENTION, MOVED = 0.92, 0.23, 1.25
-"""Speeds in a step by the probed ones: of products with weights, of attention, and of all other operations."""
-CALL = 19
-"""Overhead of an operation in a step, in probed calls: Python, modules and autograd."""
-PROBED_ELEMENTS, PROBED_CALLS = 1 << 22, 200
+CALL, STEP = 13, 100
+"""Overhead of an operation in a step, in probed calls (Python, modules and autograd), and that of a step in operations:
+its batch, the loop and progress."""
 SAMPLED = 200
 """Steps of the first epoch whose lengths stand for all."""
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """The operations of a traced step that allocate or write a tensor: no views.
+
+    Attributes:
+        batches: Those of its micro-batches.
+        update: Those of its optimizer.
+        tokens: Tokens of the micro-batches, padding included.
+        squares: Rows times squared length, summed over them.
+        micro_batches: Number of micro-batches.
+    """
+
+    batches: Mapping[Call, Work]
+    update: Mapping[Call, Work]
+    tokens: int
+    squares: int
+    micro_batches: int
+
+    def carried_on(self, deeper: StepWork, factor: float) -> StepWork:
+        """Return the work of a model that is deeper by ``factor`` times the difference between two others.
+
+        Args:
+            deeper: The work of the deeper one of the two; this is that of the other.
+            factor: Ratio of the differences in depth.
+        """
+
+        def carried(less: Mapping[Call, Work], more: Mapping[Call, Work]) -> dict[Call, Work]:
+            def times(call: Call) -> float:
+                low, high = (one[call].times if call in one else 0.0 for one in (less, more))
+                return low + factor * (high - low)
+
+            return {call: replace(work, times=times(call)) for call, work in {**less, **more}.items()}
+
+        return replace(self, batches=carried(self.batches, deeper.batches), update=carried(self.update, deeper.update))
 
 
 @dataclass(frozen=True)
@@ -42,36 +77,23 @@ class MeanStep:
     squares: float
     batches: float
 
-    def seconds(self, traced: Mapping[str, float], speeds: Speeds) -> float:
+    def seconds(self, traced: StepWork, times: CallTimes) -> float:
         """Return the seconds of the step.
 
         Args:
-            traced: Figures of a traced step, named as in `step_trace.StepTrace`.
-            speeds: Of the machine.
+            traced: The work of a step on the longest rows.
+            times: Seconds of operations.
         """
-        by_token, by_square = self.tokens / traced["tokens"], self.squares / traced["squares"]
-        linear = (traced["operations"] - traced["attention"]) * by_token / LINEAR
-        attention = traced["attention"] * by_square / ATTENTION
-        moved = traced["moved"] * by_token + traced["update_moved"]
-        calls = traced["calls"] / traced["micro_batches"] * self.batches + traced["update_calls"]
-        return (
-            (linear + attention) / speeds.operations + moved / MOVED / speeds.bytes + calls * CALL * speeds.call_seconds
-        )
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """Speeds of a machine, as a few simple operations reach them.
-
-    Attributes:
-        operations: Floating-point operations in a second, in square matrix products.
-        bytes: Bytes that an activation function reads and writes in a second.
-        call_seconds: Seconds of an operation on a few numbers.
-    """
-
-    operations: float
-    bytes: float
-    call_seconds: float
+        times.learn({**traced.batches, **traced.update})
+        by_token, by_square = self.tokens / traced.tokens, self.squares / traced.squares
+        overhead, batches = CALL * times.speeds.call_seconds, self.batches / traced.micro_batches
+        total = STEP * overhead
+        for call, work in traced.batches.items():
+            scale = by_square if work.attention else by_token
+            total += work.times * (scale * times.seconds(call, work) + batches * overhead)
+        for call, work in traced.update.items():
+            total += work.times * (times.seconds(call, work) + overhead)
+        return total
 
 
 def mean_step(
@@ -154,33 +176,3 @@ def _shapes(
 
 def _sampler(train: Sequence[Example], training: TrainingSettings) -> BatchSampler:
     return BatchSampler(train, training.global_batch_size(), seed=training.seed, group=training.length_group)
-
-
-def speeds_of(dtype: torch.dtype, kind: str) -> Speeds:
-    """Return the speeds of this machine, measured once.
-
-    Args:
-        dtype: Type that products are computed in.
-        kind: Kind of the device.
-    """
-    from graftwerk.models.hardware import SIDE, machine_key, probe
-
-    bytes_a_second, call_seconds = _probed(machine_key(kind), kind)
-    product = probe(kind)[str(dtype).removeprefix("torch.")]
-    return Speeds(2 * SIDE.get(kind, 1024) ** 3 / product, bytes_a_second, call_seconds)
-
-
-@cache
-def _probed(key: str, kind: str) -> tuple[float, float]:
-    """Measure bytes in a second and seconds of a call; kept in the cache folder."""
-    from graftwerk.models.cache import recall, remember
-    from graftwerk.models.hardware import shortest_seconds
-
-    kept = recall("speeds", key)
-    if isinstance(kept, list) and len(kept) == 2 and all(isinstance(value, float) and value > 0 for value in kept):
-        return kept[0], kept[1]
-    many, few = torch.ones(PROBED_ELEMENTS, device=kind), torch.ones(16, device=kind)
-    moved = 2 * many.nbytes / shortest_seconds(lambda: torch.nn.functional.gelu(many), many.device)
-    call = shortest_seconds(lambda: [few + few for _ in range(PROBED_CALLS)], few.device) / PROBED_CALLS
-    remember("speeds", key, [moved, call])
-    return moved, call

@@ -26,6 +26,7 @@ from graftwerk.modeling.attach import attach_from_tensors
 from graftwerk.tasks.base import Example
 from graftwerk.training.activation_cache.cache import MOST_TOKENS, TOKENS_BY_DEVICE
 from graftwerk.training.planning.meter import Meter
+from graftwerk.training.planning.step_time import StepWork
 from graftwerk.training.planning.without_values import (
     CacheWithoutValues,
     SettingWithoutValues,
@@ -56,17 +57,8 @@ class StepTrace:
         step_peak: Most bytes alive at any moment of a step, without ``weights``.
         evaluation_peak: The same of an evaluation batch.
         filling_peak: The same of the pass that fills the activation cache, and of its check; 0 without a cache.
-        operations: Floating-point operations of the traced micro-batches.
-        attention: Those of them that grow with the square of the length.
-        moved: Bytes that the operations of the traced micro-batches read and write, those in ``operations`` left out.
-        update_moved: The same of the optimizer.
-        calls: Operations of the traced micro-batches that allocate or write a tensor: no views.
-        update_calls: Those of the optimizer.
-        micro_batches: Number of traced micro-batches.
-        rows: Rows of the largest of them.
+        rows: Rows of the largest traced micro-batch.
         codes: Bytes of ``weights`` in codes of quantized layers, and in their scales.
-        tokens: Tokens of the traced micro-batches, padding included.
-        squares: Sum of rows times squared length over the traced micro-batches.
         evaluated: Operations of a token in evaluation.
         products: Distinct matrix products in 16 bits of the traced micro-batches whose shapes depend on the sequence
             length.
@@ -77,6 +69,7 @@ class StepTrace:
         events: All allocations of the set-up and a step: a size in bytes, or minus the number (from 1) of the
             allocation that is freed.
         evaluation: Those of an evaluation batch, counted on.
+        work: The operations of the step.
         recorded: For each allocation, in their order, 1 if autograd recorded the operation that made it, else 0.
     """
 
@@ -89,17 +82,8 @@ class StepTrace:
     step_peak: int
     evaluation_peak: int
     filling_peak: int
-    operations: int
-    attention: int
-    moved: int
-    update_moved: int
-    calls: int
-    update_calls: int
-    micro_batches: int
     rows: int
     codes: int
-    tokens: int
-    squares: int
     evaluated: int
     products: int
     evaluated_products: int
@@ -108,6 +92,7 @@ class StepTrace:
     loaded: int
     events: array[int] = field(repr=False)
     evaluation: array[int] = field(repr=False)
+    work: StepWork = field(repr=False)
     recorded: bytes = field(repr=False)
 
 
@@ -205,11 +190,11 @@ def trace_step(
         start = meter.alive
         with without_masks(full[0]):
             gradient = trainer.gradients.accumulate(step)
-        moved, calls, operations, attention = meter.moved, meter.calls, meter.operations, meter.attention
+        work, meter.work = meter.work, {}
         optim.step_if(trainer.optimizer, gradient.finite)
         step_peak, products = meter.peak, _by_length(meter.products, step.batches)
         fixed = meter.products - products
-        update_moved, update_calls = meter.moved - moved, meter.calls - calls
+        update = meter.work
     handle.remove()
     del gradient
     trainer.optimizer.zero_grad()
@@ -226,7 +211,6 @@ def trace_step(
         evaluated_products = _by_length(meter.products, [batch])
         fixed |= meter.products - evaluated_products
         del outputs
-    tokens = sum(shape[0] * shape[1] for shape in shapes)
     trained = sum(_storages(list(adapter.parameters())))
     return StepTrace(
         weights=weights,
@@ -238,17 +222,8 @@ def trace_step(
         step_peak=step_peak - weights,
         evaluation_peak=evaluation_peak - weights,
         filling_peak=filling_peak,
-        operations=operations,
-        attention=attention,
-        moved=moved,
-        update_moved=update_moved,
-        calls=calls,
-        update_calls=update_calls,
-        micro_batches=len(shapes),
         rows=max(map(len, step.examples)),
         codes=sum(_storages(codes)),
-        tokens=tokens,
-        squares=sum(shape[0] * shape[1] ** 2 for shape in shapes),
         evaluated=evaluated // (rows * width),
         products=len(products),
         evaluated_products=len(evaluated_products),
@@ -257,6 +232,13 @@ def trace_step(
         loaded=loaded,
         events=meter.events[:stepped],
         evaluation=meter.events[stepped:],
+        work=StepWork(
+            work,
+            update,
+            tokens=sum(shape[0] * shape[1] for shape in shapes),
+            squares=sum(shape[0] * shape[1] ** 2 for shape in shapes),
+            micro_batches=len(shapes),
+        ),
         recorded=bytes(meter.recorded),
     )
 
