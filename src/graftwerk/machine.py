@@ -114,10 +114,10 @@ def give_back() -> None:
 
 
 def compact_malloc() -> dict[str, str]:
-    """Return the environment variable that makes a new process use less memory for its tensors.
+    """Return the environment variable that makes a new process use less memory and time for its tensors.
 
-    Empty if the C library is not glibc 2.31 or newer, which supports both settings, or if the variable is already set,
-    even to an empty string.
+    Empty if the C library is not glibc 2.31 or newer, which supports all of its settings, or if the variable is already
+    set, even to an empty string.
     """
     if TUNABLES in os.environ or _glibc() < (2, 31):
         return {}

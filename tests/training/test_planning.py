@@ -8,6 +8,7 @@ import json
 import time
 from array import array
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +367,7 @@ def test_seconds_of_a_call_are_those_of_the_operation_alone(tmp_path: Path, monk
         y[:, :3].add_(1.0)
     state = torch.get_rng_state()
     monkeypatch.setattr(call_times, "MOST_SECONDS", 1e6)
+    monkeypatch.setattr(call_times, "BUDGET", 1e6)
     times = CallTimes(speeds, "cpu")
     times.learn(meter.work)
 
@@ -390,14 +392,74 @@ def test_seconds_of_a_call_are_those_of_the_operation_alone(tmp_path: Path, monk
     assert by(CallTimes(speeds, "cpu")) == by_speed
 
 
-def test_shortest_of_several_rounds_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_of_calls_are_the_shortest_of_several_rounds_within_a_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GRAFTWERK_CACHE", str(tmp_path))
-    seconds = iter((3.0, 2.0, 5.0))
-    monkeypatch.setattr(call_times, "_alone", lambda call, warm: next(seconds))
-    call, work = Call(torch.ops.aten.mm.default, (), ()), Work(1, 10**7, False, 0)
-    times = CallTimes(Speeds(1e9, 1e9, 1e-6), "cpu")
+    speeds, seconds, warmed = Speeds(1e9, 1e9, 1e-6), iter((0.003, 0.002, 0.005)), list[bool]()
+
+    def alone(call: Call, warm: bool) -> float:
+        warmed.append(warm)
+        return next(seconds)
+
+    monkeypatch.setattr(call_times, "_alone", alone)
+    call, work = Call(torch.ops.aten.mm.default, (2,), ()), Work(1, 10**7, False, 0)
+    times = CallTimes(speeds, "cpu")
     times.learn({call: work})
-    assert times.seconds(call, work) == IN_STEP * 2.0
+    assert times.seconds(call, work) == IN_STEP * 0.002
+    assert warmed == [True, False, False]
+    more, large = Call(torch.ops.aten.mm.default, (3,), ()), replace(work, operations=10**8)
+    seconds = iter((0.5, 0.007, 0.007, 0.007))
+    CallTimes(speeds, "cpu").learn({call: work, Call(torch.ops.aten.mm.default, (4,), ()): work, more: large})
+    assert CallTimes(speeds, "cpu").seconds(more, large) == IN_STEP * 0.5, "the largest first, and once if it is long"
+    monkeypatch.setattr(call_times, "KEPT", 2)
+    monkeypatch.setattr(call_times, "BUDGET", -1.0)
+    late = Call(torch.ops.aten.mm.default, (5,), ())
+    times.learn({late: work})
+    assert times.seconds(late, work) == speeds.seconds(work)
+    monkeypatch.setattr(call_times, "BUDGET", 9.0)
+    seconds = iter((0.001, 0.001, 0.001))
+    CallTimes(speeds, "cpu").learn({late: work})
+    kept = CallTimes(speeds, "cpu")
+    assert [kept.seconds(one, work) == speeds.seconds(work) for one in (call, late)] == [True, False], "oldest go"
+    names = [call_times._name(one) for one in (call, late, more)]
+    kept_file = {kept._key: dict(zip(names, (0.0, "x", None), strict=True))}
+    (tmp_path / f"{call_times.NAME}.json").write_text(json.dumps(kept_file))
+    assert CallTimes(speeds, "cpu")._known == {names[2]: None}
+
+
+def test_alone_takes_the_shortest_call_and_stops_after_a_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = list[Any]()
+    call = Call(lambda *given, **named: calls.append((given, named)), (3,), (("a", 4),))
+    for took, wanted, made in ((0.004, 0.002, 4), (1.0, 1.0, 2)):
+        clock = iter((0.0, took, 5.0, 5.002, 6.0, 6.003))
+        monkeypatch.setattr(time, "perf_counter", lambda clock=clock: next(clock))
+        assert call_times._alone(call, warm=True) == pytest.approx(wanted)
+        assert calls == [((3,), {"a": 4})] * made
+        calls.clear()
+
+
+def test_operands_are_made_as_they_were() -> None:
+    like = [
+        torch.ones(3, 4).t(), torch.ones(1, 4).expand(3, 4), torch.ones(()), torch.ones(0, 2),
+        torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(5, dtype=torch.int8), torch.ones(2, dtype=torch.bool),
+    ]  # fmt: skip
+    call = Call.of(torch.ops.aten.cat.default, [like, 1.5], {"out": like[0]})
+    made, number = call_times._made(call.given)
+    for one, other in zip([*made, call_times._made(call.named[0][1])], [*like, like[0]], strict=True):
+        assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+        assert bool((one == (0.5 if one.dtype.is_floating_point else 0)).all())
+    assert number == 1.5
+    rates = [call_times._name(Call(torch.ops.aten.mul.Tensor, (call.given[0], rate), ())) for rate in (1e-3, 1e-4)]
+    assert rates[0] == rates[1], "a rate does not decide how long an operation takes"
+    assert call_times._name(Call(torch.ops.aten.mul.Tensor, (call.given[0], 2), ())) != rates[0]
+
+
+def test_optimizer_of_deep_model_grows_by_what_it_moves() -> None:
+    low, high = (StepWork({}, work_of(moved=moved, times=2), 1, 1, 1) for moved in (100, 180))
+    (work,) = low.carried_on(high, 7.0).update.values()
+    assert work.times * work.moved == 2 * (100 + 7 * 80)
+    assert low.carried_on(low, 7.0).update == low.update
 
 
 def test_call_that_needs_values_is_worked_out_from_speeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,7 +500,7 @@ def test_speeds_are_measured_once_a_machine(tmp_path: Path, monkeypatch: pytest.
     assert found.operations > 1e8
     assert found.bytes > 1e7
     assert 1e-8 < found.call_seconds < 1e-3
-    monkeypatch.setattr(hardware, "shortest_seconds", None)
+    monkeypatch.setattr(call_times, "shortest_seconds", None)
     call_times._probed.cache_clear()
     assert speeds_of(torch.float32, "cpu") == found
     (tmp_path / "speeds.json").write_text('{"damaged')

@@ -9,16 +9,15 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from graftwerk.models.cache import recall, remember
-from graftwerk.models.hardware import machine_key
+from graftwerk.models.hardware import SIDE, machine_key, probe, shortest_seconds
 from graftwerk.training.planning.meter import Call, Operand, Work
 
 LINEAR_SPEED, ATTENTION_SPEED, MOVED_SPEED = 0.92, 0.23, 1.25
@@ -32,9 +31,11 @@ IN_STEP = 1.06
 """Seconds of an operation in a step by those alone: its operands are not in the processor's caches."""
 ROUNDS, CALLS, ROUND_SECONDS = 3, 3, 0.02
 """Rounds in which each operation is timed; most calls in one, and seconds after which no further call is made."""
+BUDGET = 4.0
+"""Seconds that one plan spends on timing at most, but for the last operation."""
 LEAST_OPERATIONS, LEAST_BYTES = 1_000_000, 100_000
 """Below both a call is all overhead, and is not timed."""
-MOST_SECONDS, MOST_BYTES = 0.2, 1 << 28
+MOST_SECONDS, MOST_BYTES = 0.2, 1 << 27
 """An operation that would take longer, or moves more bytes, is worked out from the speeds of the machine."""
 
 
@@ -75,30 +76,32 @@ class CallTimes:
 
     def __init__(self, speeds: Speeds, kind: str) -> None:
         self.speeds, self.kind, self._key = speeds, kind, machine_key(kind)
-        kept = recall(NAME, self._key)
-        known = kept.items() if isinstance(kept, dict) else ()
-        self._known = {name: value for name, value in known if isinstance(value, float) and 0 < value < math.inf}
+        self._known = _recalled(self._key)
 
     def learn(self, calls: Mapping[Call, Work]) -> None:
         """Time the calls that are not known yet, and keep their seconds for later plans.
 
-        Every call is timed in each of several rounds, and the shortest time counts: other work on the machine would
-        disturb calls that follow each other at once.
+        Those that count most come first, until `BUDGET` is spent. Each is timed in several rounds, and the shortest
+        time counts: other work on the machine would slow calls that follow each other at once.
 
         Args:
             calls: Calls and the work of each.
         """
-        new = {_name(call): call for call, work in calls.items() if self._is_timed(call, work)}
-        found = {name: math.inf for name in new if name not in self._known}
+        timed = {call: work for call, work in calls.items() if self._is_timed(call, work)}
+        order = sorted(timed, key=lambda call: -timed[call].times * self.speeds.seconds(timed[call]))
+        left = {name: call for call in order if (name := _name(call)) not in self._known}
+        found, end = dict[str, float | None](), time.perf_counter() + BUDGET
         with torch.inference_mode(), torch.random.fork_rng(devices=[]):
             for turn in range(ROUNDS):
-                for name in list(found):
-                    seconds = _alone(new[name], warm=turn == 0)
-                    found[name] = min(found[name], seconds)
-                    if math.isnan(seconds):
-                        del found[name]
+                for name, call in list(left.items()):
+                    if time.perf_counter() > end:
+                        break
+                    seconds = _alone(call, warm=turn == 0)
+                    found[name] = None if seconds is None else min(seconds, found.get(name) or math.inf)
+                    if seconds is None or seconds > ROUND_SECONDS:
+                        del left[name]
         if found:
-            self._known |= found
+            self._known = {**_recalled(self._key), **found}  # other processes may have timed more meanwhile
             remember(NAME, self._key, dict(list(self._known.items())[-KEPT:]))
 
     def seconds(self, call: Call, work: Work) -> float:
@@ -113,20 +116,43 @@ class CallTimes:
 
     def _is_timed(self, call: Call, work: Work) -> bool:
         small = work.operations < LEAST_OPERATIONS and work.moved < LEAST_BYTES
-        large = self.speeds.seconds(work) > MOST_SECONDS or max(work.moved, _bytes(call)) > MOST_BYTES
-        return self.kind == "cpu" and not small and not large and call.operation.namespace in ("aten", "bitsandbytes")
+        if small or self.kind != "cpu" or call.operation.namespace not in ("aten", "bitsandbytes"):
+            return False
+        operands = sum(_extent(operand) * operand.dtype.itemsize for operand in _operands((call.given, call.named)))
+        return self.speeds.seconds(work) <= MOST_SECONDS and max(work.moved, operands) <= MOST_BYTES
+
+
+def _recalled(key: str) -> dict[str, float | None]:
+    """Return the seconds of calls by name that were kept for a machine; None for what could not be timed."""
+    kept = recall(NAME, key)
+    known = kept.items() if isinstance(kept, dict) else ()
+    return {name: value for name, value in known if value is None or (isinstance(value, float) and value > 0)}
 
 
 def _name(call: Call) -> str:
-    """Return a short name of a call: the operation, and a digest of what it is called with."""
-    return f"{call.operation} {hashlib.sha256(repr(call).encode()).hexdigest()[:16]}"
+    """Return a short name of a call: the operation, and a digest of what decides about its time."""
+
+    def said(value: Any) -> str:
+        if isinstance(value, tuple) and not isinstance(value, Operand):
+            return f"({', '.join(map(said, value))})"
+        if isinstance(value, Operand | int | str | torch.dtype | None):
+            return repr(value)
+        return type(value).__name__  # a learning rate, a generator
+
+    digest = hashlib.sha256(said((call.given, call.named)).encode()).hexdigest()[:16]
+    return f"{call.operation} {digest}"
 
 
-def _alone(call: Call, warm: bool) -> float:
-    """Return the shortest time of a few calls in seconds, or NaN if it cannot be made outside of a step."""
-    given, named = _made(call.given), {name: _made(value) for name, value in call.named}
+def _alone(call: Call, warm: bool) -> float | None:
+    """Return the shortest time of a few calls in seconds, or None if the call fails on made-up operands.
+
+    Args:
+        call: The call.
+        warm: Call it once before, since the first call sets kernels up.
+    """
     best, spent = math.inf, 0.0
     try:
+        given, named = _made(call.given), {name: _made(value) for name, value in call.named}
         if warm:
             call.operation(*given, **named)
         for _ in range(CALLS):
@@ -136,21 +162,18 @@ def _alone(call: Call, warm: bool) -> float:
             best, spent = min(best, took), spent + took
             if spent > ROUND_SECONDS:
                 break
-    except (RuntimeError, IndexError, ValueError):  # needs operands with certain values
-        return math.nan
+    except Exception:  # operands with other values, types without kernels, memory: the speeds have to do
+        return None
     return best
 
 
-def _bytes(call: Call) -> int:
-    """Return the bytes of all operands."""
-    found, left = 0, [call.given, [value for _, value in call.named]]
-    while left:
-        for value in left.pop():
-            if isinstance(value, Operand):
-                found += _extent(value) * value.dtype.itemsize
-            elif isinstance(value, tuple):
-                left.append(value)
-    return found
+def _operands(value: Any) -> Iterator[Operand]:
+    """Yield all operands of nested tuples."""
+    if isinstance(value, Operand):
+        yield value
+    elif isinstance(value, tuple):
+        for one in value:
+            yield from _operands(one)
 
 
 def _extent(operand: Operand) -> int:
@@ -161,16 +184,13 @@ def _extent(operand: Operand) -> int:
 
 
 def _made(value: Any) -> Any:
-    """Return an argument with tensors for its operands: zeros for integers, numbers below one for all others."""
+    """Return an argument with tensors for its operands: zeros for integers, which index any table; else halves."""
     if isinstance(value, Operand):
-        size = _extent(value)
-        flat: Tensor = torch.zeros(size, dtype=value.dtype, device="cpu")
-        if value.dtype.is_floating_point:
-            flat.uniform_(0.1, 0.9)
-        return flat.as_strided(value.shape, value.stride)
-    if isinstance(value, tuple):
-        return [_made(one) for one in value]
-    return value
+        fill = 0.5 if value.dtype.is_floating_point else 0
+        return torch.full((_extent(value),), fill, dtype=value.dtype, device="cpu").as_strided(
+            value.shape, value.stride
+        )
+    return [_made(one) for one in value] if isinstance(value, tuple) else value
 
 
 def speeds_of(dtype: torch.dtype, kind: str) -> Speeds:
@@ -180,8 +200,6 @@ def speeds_of(dtype: torch.dtype, kind: str) -> Speeds:
         dtype: Type that products are computed in.
         kind: Kind of the device.
     """
-    from graftwerk.models.hardware import SIDE, machine_key, probe
-
     bytes_a_second, call_seconds = _probed(machine_key(kind), kind)
     product = probe(kind)[str(dtype).removeprefix("torch.")]
     return Speeds(2 * SIDE.get(kind, 1024) ** 3 / product, bytes_a_second, call_seconds)
@@ -190,9 +208,6 @@ def speeds_of(dtype: torch.dtype, kind: str) -> Speeds:
 @cache
 def _probed(key: str, kind: str) -> tuple[float, float]:
     """Measure bytes in a second and seconds of a call; kept in the cache folder."""
-    from graftwerk.models.cache import recall, remember
-    from graftwerk.models.hardware import shortest_seconds
-
     kept = recall("speeds", key)
     if isinstance(kept, list) and len(kept) == 2 and all(isinstance(value, float) and value > 0 for value in kept):
         return kept[0], kept[1]

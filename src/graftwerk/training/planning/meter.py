@@ -199,7 +199,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(new) or func._schema.is_mutable:  # not a view
             taken = () if formula else (*(written if packet in _LOOKUPS else read), *written)
             moved = sum(tensor.nbytes for tensor in (*taken, *inside))
-            square = formula is not None and not coded and packet not in _LINEAR
+            single = packet is _ATEN.bmm and args[0].shape[0] == 1  # no heads: a vector by the output layer
+            square = formula is not None and not coded and not single and packet not in _LINEAR
             self.work.setdefault(Call.of(func, args, kwargs), Work(0, count, square, moved)).times += 1
         self.peak = max(self.peak, self.alive)
         return made

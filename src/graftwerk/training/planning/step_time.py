@@ -53,14 +53,16 @@ class StepWork:
             factor: Ratio of the differences in depth.
         """
 
-        def carried(less: Mapping[Call, Work], more: Mapping[Call, Work]) -> dict[Call, Work]:
-            def times(call: Call) -> float:
-                low, high = (one[call].times if call in one else 0.0 for one in (less, more))
-                return low + factor * (high - low)
+        def times(call: Call) -> float:
+            low, high = (one[call].times if call in one else 0.0 for one in (self.batches, deeper.batches))
+            return low + factor * (high - low)
 
-            return {call: replace(work, times=times(call)) for call, work in {**less, **more}.items()}
-
-        return replace(self, batches=carried(self.batches, deeper.batches), update=carried(self.update, deeper.update))
+        batches = {call: replace(work, times=times(call)) for call, work in {**self.batches, **deeper.batches}.items()}
+        # The optimizer updates all parameters in one call, which is another one at each depth.
+        low, high = (sum(work.times * work.moved for work in one.update.values()) for one in (self, deeper))
+        share = (low + factor * (high - low)) / max(high, 1)
+        update = {call: replace(work, times=share * work.times) for call, work in deeper.update.items()}
+        return replace(self, batches=batches, update=update)
 
 
 @dataclass(frozen=True)
