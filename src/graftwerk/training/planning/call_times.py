@@ -82,7 +82,7 @@ class CallTimes:
         """Time the calls that are not known yet, and keep their seconds for later plans.
 
         Those that count most come first, until `BUDGET` is spent. Each is timed in several rounds, and the shortest
-        time counts: other work on the machine would slow calls that follow each other at once.
+        time counts, since other work on the machine slows calls that closely follow each other.
 
         Args:
             calls: Calls and the work of each.
