@@ -93,7 +93,7 @@ def traced(config: RunConfig, folder: Path) -> step_trace.StepTrace:
 
 def total(step: StepWork, what: str | None = None) -> float:
     """Return the calls of a step's micro-batches, or the sum of what they do."""
-    return sum(work.times * (1 if what is None else getattr(work, what)) for work in step.batches.values())
+    return sum(work.times * (1 if what is None else getattr(work, what)) for work in step.calls.values())
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ NAME = "operations"
 KEPT = 3000
 """Operations that are kept for later plans."""
 IN_STEP = 1.06
-"""Seconds of an operation in a step by those alone: its operands are not in the processor's caches."""
+"""Ratio of an operation's time in a step to its time alone, fitted; in a step, fewer operands are in caches."""
 ROUNDS, CALLS, ROUND_SECONDS = 3, 3, 0.02
 """Rounds in which each operation is timed; most calls in one, and seconds after which no further call is made."""
 BUDGET = 4.0

@@ -32,14 +32,14 @@ class StepWork:
     """The operations of a traced step that allocate or write a tensor: no views.
 
     Attributes:
-        batches: Those of its micro-batches.
+        calls: Those of its micro-batches.
         update: Those of its optimizer.
         tokens: Tokens of the micro-batches, padding included.
         squares: Rows times squared length, summed over them.
         micro_batches: Number of micro-batches.
     """
 
-    batches: Mapping[Call, Work]
+    calls: Mapping[Call, Work]
     update: Mapping[Call, Work]
     tokens: int
     squares: int
@@ -54,15 +54,15 @@ class StepWork:
         """
 
         def times(call: Call) -> float:
-            low, high = (one[call].times if call in one else 0.0 for one in (self.batches, deeper.batches))
+            low, high = (one[call].times if call in one else 0.0 for one in (self.calls, deeper.calls))
             return low + factor * (high - low)
 
-        batches = {call: replace(work, times=times(call)) for call, work in {**self.batches, **deeper.batches}.items()}
+        calls = {call: replace(work, times=times(call)) for call, work in {**self.calls, **deeper.calls}.items()}
         # The optimizer updates all parameters in one call, which is another one at each depth.
         low, high = (sum(work.times * work.moved for work in one.update.values()) for one in (self, deeper))
         share = (low + factor * (high - low)) / max(high, 1)
         update = {call: replace(work, times=share * work.times) for call, work in deeper.update.items()}
-        return replace(self, batches=batches, update=update)
+        return replace(self, calls=calls, update=update)
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class MeanStep:
             traced: The work of a step on the longest rows.
             times: Seconds of operations.
         """
-        times.learn({**traced.batches, **traced.update})
+        times.learn({**traced.calls, **traced.update})
         by_token, by_square = self.tokens / traced.tokens, self.squares / traced.squares
         overhead, batches = CALL * times.speeds.call_seconds, self.batches / traced.micro_batches
         total = STEP * overhead
-        for call, work in traced.batches.items():
+        for call, work in traced.calls.items():
             scale = by_square if work.attention else by_token
             total += work.times * (scale * times.seconds(call, work) + batches * overhead)
         for call, work in traced.update.items():
